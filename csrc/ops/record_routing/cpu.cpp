@@ -1,0 +1,93 @@
+// record_routing_ on the CPU: expert counts and token scores from indices that the model chose.
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/registry.h"
+
+namespace tk {
+namespace {
+
+struct RecordRouting {
+  int64_t num_tokens, top_k, num_experts;
+  int64_t indices_stride_t, indices_stride_k;  // in elements
+  int64_t counts_stride, mask_stride, score_stride;
+  int64_t* counts;     // [E], added to
+  const bool* mask;    // [T] or null: tokens that count
+  const float* table;  // [E] contiguous, or null
+  float* score;        // [T], added to, or null
+};
+
+// A token has one writer and its slots are summed in order, so scores do not depend on the number of threads.
+template <typename Index>
+void record(const Index* indices, const RecordRouting& p, int num_threads) {
+  constexpr int64_t kGrain = 4096;  // tokens below which a thread costs more than it saves
+  const int64_t useful = (p.num_tokens + kGrain - 1) / kGrain;
+  const int threads = static_cast<int>(useful < num_threads ? (useful < 1 ? 1 : useful) : num_threads);
+  std::vector<std::vector<int64_t>> partial(threads);
+  parallel(threads, [&](int thread, int of) {
+    std::vector<int64_t>& local = partial[thread];
+    local.assign(p.num_experts, 0);
+    const Range range = split(p.num_tokens, thread, of);
+    for (int64_t t = range.begin; t < range.end; ++t) {
+      const Index* row = indices + t * p.indices_stride_t;
+      const bool counted = p.mask == nullptr || p.mask[t * p.mask_stride];
+      float sum = 0.0f;
+      for (int64_t j = 0; j < p.top_k; ++j) {
+        // Negative and too large entries (identity experts, sentinels) both fail this one comparison.
+        const auto e = static_cast<uint64_t>(static_cast<int64_t>(row[j * p.indices_stride_k]));
+        if (e >= static_cast<uint64_t>(p.num_experts)) continue;
+        local[e] += counted;
+        if (p.table != nullptr) sum += p.table[e];
+      }
+      if (p.score != nullptr) p.score[t * p.score_stride] += sum;
+    }
+  });
+  for (const std::vector<int64_t>& local : partial) {
+    for (size_t e = 0; e < local.size(); ++e) p.counts[e * p.counts_stride] += local[e];
+  }
+}
+
+void record_routing_cpu(uintptr_t indices, int index_bytes, bool index_signed, int64_t num_tokens, int64_t top_k,
+                        int64_t indices_stride_t, int64_t indices_stride_k, uintptr_t counts, int64_t num_experts,
+                        int64_t counts_stride, uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t score,
+                        int64_t score_stride, int num_threads) {
+  const RecordRouting p{num_tokens,
+                        top_k,
+                        num_experts,
+                        indices_stride_t,
+                        indices_stride_k,
+                        counts_stride,
+                        mask_stride,
+                        score_stride,
+                        reinterpret_cast<int64_t*>(counts),
+                        reinterpret_cast<const bool*>(mask),
+                        reinterpret_cast<const float*>(table),
+                        reinterpret_cast<float*>(score)};
+  const int code = index_bytes * (index_signed ? 1 : -1);
+  switch (code) {
+    case 8:
+      return record(reinterpret_cast<const int64_t*>(indices), p, num_threads);
+    case 4:
+      return record(reinterpret_cast<const int32_t*>(indices), p, num_threads);
+    case 2:
+      return record(reinterpret_cast<const int16_t*>(indices), p, num_threads);
+    case 1:
+      return record(reinterpret_cast<const int8_t*>(indices), p, num_threads);
+    case -2:
+      return record(reinterpret_cast<const uint16_t*>(indices), p, num_threads);
+    case -1:
+      return record(reinterpret_cast<const uint8_t*>(indices), p, num_threads);
+    default:
+      throw std::invalid_argument("record_routing_cpu: unsupported index type");
+  }
+}
+
+void bind(pybind11::module_& module) {
+  module.def("record_routing_cpu", &record_routing_cpu, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+TK_REGISTER(bind);
+
+}  // namespace
+}  // namespace tk

@@ -1,0 +1,1 @@
+"""TRACE: routing-aware machine unlearning for Mixture-of-Experts language models."""

@@ -1,0 +1,77 @@
+"""Every op, every backend, every case: forward, backward, opcheck and compile.
+
+One op: pytest tests/test_conformance.py -k router_topk. One backend: -k "router_topk and cpu".
+"""
+
+import pytest
+import torch
+
+from trace_kernels.backends import BACKENDS, BackendError, all_ops
+from trace_kernels.conformance import discover, errors, run
+
+OPS = discover()
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+CASES = [
+    pytest.param(OPS[name], case, id=f"{name}-{case.name}")
+    for name in OPS
+    for case in OPS[name].cases
+    if not case.benchmark
+]
+
+
+def refusal(op, case, backend, device):
+    """Why the backend does not serve the case, or None: only a refusal that it words itself is a skip."""
+    try:
+        call = case.call(device)
+        run(op.function, call, backward=False, backend=backend)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op, case", CASES)
+def test_backend_is_right(op, case, backend, device):
+    if (reason := refusal(op, case, backend, device)) is not None:
+        assert backend != "reference", reason
+        pytest.skip(reason)
+    assert errors(op, case, backend, device) == []
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_auto_is_right(op, case):
+    assert errors(op, case, "auto") == []
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_inputs_are_not_touched(op, case):
+    call, fresh = case.call(), case.call()
+    op.function(*call.args, **call.kwargs)
+    for key, value in [*enumerate(call.args), *call.kwargs.items()]:
+        if isinstance(value, torch.Tensor) and key not in call.mutated:
+            other = fresh.args[key] if isinstance(key, int) else fresh.kwargs[key]
+            torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_compiles_to_one_graph(op, case):
+    torch._dynamo.reset()
+    eager = run(op.function, case.call()).tensors
+    compiled = run(torch.compile(op.function, fullgraph=True, backend="aot_eager"), case.call()).tensors
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_every_op_has_its_backends_and_names(name):
+    backends = all_ops()[name]
+    assert "reference" in {backend.name for backend in backends}
+    call = next(case for case in OPS[name].cases if not case.benchmark).call()
+    with pytest.raises(BackendError, match="allowed are 'auto'"):
+        OPS[name].function(*call.args, **call.kwargs, backend="fastest")
+
+
+def test_every_op_is_discovered():
+    assert sorted(all_ops()) == sorted(OPS)

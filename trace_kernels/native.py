@@ -1,0 +1,77 @@
+"""The compiled module: loading it, why it is absent, and the threads it runs on.
+
+Everything that knows torch stays in Python: shapes, dtypes, devices and lifetimes are checked before an address
+leaves it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from trace_kernels import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, f"the compiled module does not load ({error}): reinstall with 'pip install .'"
+    # Share torch's own thread pool instead of bringing a second OpenMP runtime into the process.
+    for path in _openmp_libraries():
+        if _native.use_openmp_runtime(path):
+            break
+    return _native, ""
+
+
+def _openmp_libraries() -> list[str]:
+    """Paths of the OpenMP runtimes loaded by this process, torch's own first."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    pattern = re.compile(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$")
+    paths = {match[1] for line in maps.read_text().splitlines() if (match := pattern.search(line))}
+    return sorted(paths, key=lambda path: ("/torch" not in path, path))
+
+
+def native() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it was not built, or does not load here.
+    """
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def cpu_unavailable() -> str | None:
+    """Why no C++ kernel can run here, or None when they can."""
+    return _load()[1] or None
+
+
+def cuda_unavailable() -> str | None:
+    """Why no compiled CUDA kernel can run here, or None when they can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    info = module.build_info()
+    if not info["cuda_built"]:
+        return f"built without CUDA: {info['cuda_absent_because']}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def num_threads() -> int:
+    """Threads a kernel may use: what `torch.set_num_threads` says."""
+    return torch.get_num_threads()
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element; 0, which kernels read as 'absent', for None."""
+    return 0 if tensor is None else tensor.data_ptr()
