@@ -1,0 +1,39 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a tiny saved checkpoint of a family and seed, with changes to its config, made once a session."""
+    made: dict[tuple, Path] = {}
+
+    def build(family: str, seed: int = 0, **changes: object) -> Path:
+        key = (family, seed, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tiny.save_checkpoint(tmp_path_factory.mktemp(family), family, seed=seed, **changes)
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.tokenizer()
