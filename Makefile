@@ -1,0 +1,52 @@
+# make demo and make test do everything from a fresh checkout: they make .venv, install pinned packages and this
+# one, and run. A second call installs nothing again. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHON
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+.PHONY: demo test lint types format bench check clean help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    pre-train tiny MoE models, unlearn with TRACE, print what it did, write runs/demo/report.html"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and clang-format        make types   mypy --strict"
+	@echo "make bench   micro-benchmarks             make format  rewrite files in the project's style"
+
+demo: $(VENV)/.built
+	$(BIN)/trace-unlearn demo --output runs/demo $(DEMO)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(VENV)/.deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+types: $(VENV)/.built
+	$(BIN)/mypy
+
+format: $(VENV)/.deps
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m benchmarks.run --op all $(BENCH)
+
+check: test lint types
+
+$(VENV)/.deps: $(wildcard requirements/*.txt) tools/bootstrap.sh
+	tools/bootstrap.sh deps
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(NATIVE)
+	tools/bootstrap.sh build
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info trace_kernels/_native*.so $(VENV)
