@@ -40,37 +40,48 @@ class Result:
     tensors: dict[str, torch.Tensor]
 
 
-def run(function: Any, call: Call, *, backward: bool = True, **extra: Any) -> Result:
-    """Call `function` on copies of the inputs; outputs, mutated arguments, and gradients of a fixed random sum."""
+def prepare(call: Call) -> Call:
+    """Copies of the inputs with their strides, the differentiable ones as leaves that want a gradient."""
 
-    def prepare(key: int | str, value: Any) -> Any:
+    def ready(key: int | str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         copy = _copy(value)
         return copy.requires_grad_() if key in call.differentiable else copy
 
-    ready = call.map(prepare)
+    return call.map(ready)
+
+
+def execute(function: Any, ready: Call, *, backward: bool = True, **extra: Any) -> Result:
+    """Call `function` on prepared inputs; outputs, mutated arguments, and gradients for fixed random upstream ones."""
     outputs = function(*ready.args, **ready.kwargs, **extra)
     if outputs is None:
         outputs = ()
     elif isinstance(outputs, torch.Tensor):
         outputs = (outputs,)
     tensors = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    for key in call.mutated:
+    for key in ready.mutated:
         tensors[f"mutated {key}"] = _argument(ready, key).detach()
     floating = [output for output in outputs if output.requires_grad]
-    if call.differentiable and backward and floating:
-        total = torch.zeros((), dtype=torch.float64)
-        for output in floating:
-            generator = torch.Generator().manual_seed(output.numel())
-            # Both signs and sizes of one: a gradient that is constant over tokens would hide mixed-up rows.
-            upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
-            total = total.to(output.device) + (output.double() * upstream).sum()
-        leaves = [_argument(ready, key) for key in call.differentiable]
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-        for key, leaf, gradient in zip(call.differentiable, leaves, gradients, strict=True):
+    if ready.differentiable and backward and floating:
+        leaves = [_argument(ready, key) for key in ready.differentiable]
+        gradients = torch.autograd.grad(floating, leaves, [_upstream(output) for output in floating], allow_unused=True)
+        for key, leaf, gradient in zip(ready.differentiable, leaves, gradients, strict=True):
             tensors[f"gradient {key}"] = torch.zeros_like(leaf) if gradient is None else gradient.detach()
     return Result(tensors)
+
+
+def _upstream(output: torch.Tensor) -> torch.Tensor:
+    """Both signs and sizes of one: a gradient that is constant over tokens would hide mixed-up rows."""
+    generator = torch.Generator().manual_seed(output.numel())
+    # Drawn in bfloat16 so that every dtype sees the same numbers.
+    values = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
+    return values.to(output.device, output.dtype)
+
+
+def run(function: Any, call: Call, *, backward: bool = True, **extra: Any) -> Result:
+    """`execute` on copies of the inputs: `call` stays as it is."""
+    return execute(function, prepare(call), backward=backward, **extra)
 
 
 def _argument(call: Call, key: int | str) -> torch.Tensor:
