@@ -6,7 +6,9 @@ Every op takes ``backend="auto"``; ``python -m trace_kernels`` lists the backend
 from pathlib import Path
 
 from trace_kernels.backends import BackendError
+from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob
+from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy
 from trace_kernels.ops.record_routing.op import record_routing_
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
-__all__ = ["BackendError", "record_routing_"]
+__all__ = ["BackendError", "linear_cross_entropy", "linear_log_prob", "record_routing_"]

@@ -17,18 +17,20 @@ class Call:
         args, kwargs: what the public function gets, without ``backend``.
         differentiable: positions in `args` and names in `kwargs` that get a gradient.
         mutated: positions and names that the op changes in place.
+        constant: positions and names that get no gradient and have the dtype of those that do.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     differentiable: tuple[int | str, ...] = ()
     mutated: tuple[int | str, ...] = ()
+    constant: tuple[int | str, ...] = ()
 
     def map(self, change: Callable[[int | str, Any], Any]) -> Call:
         """The same call with every argument replaced by ``change(position or name, value)``."""
         args = tuple(change(position, value) for position, value in enumerate(self.args))
         kwargs = {name: change(name, value) for name, value in self.kwargs.items()}
-        return Call(args, kwargs, self.differentiable, self.mutated)
+        return Call(args, kwargs, self.differentiable, self.mutated, self.constant)
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,9 @@ def _copy(value: torch.Tensor) -> torch.Tensor:
 
 
 def in_float64(call: Call) -> Call:
-    """The same call with every differentiable argument in float64: what the truth is computed from."""
-    return call.map(
-        lambda key, value: value.double() if isinstance(value, torch.Tensor) and key in call.differentiable else value
-    )
+    """The same call with its floating inputs in float64: what the truth is computed from."""
+    floating = (*call.differentiable, *call.constant)
+    return call.map(lambda key, value: value.double() if isinstance(value, torch.Tensor) and key in floating else value)
 
 
 def errors(op: OpCases, case: Case, backend: str, device: str = "cpu") -> list[str]:
