@@ -1,0 +1,58 @@
+"""The examples in docstrings and in the Markdown pages run, and the names of the contract exist."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import trace_kernels
+import trace_unlearn
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules():
+    for package in (trace_kernels, trace_unlearn):
+        yield package.__name__
+        for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            # Triton kernels exist only where triton is installed; the compiled module has no docstrings.
+            if not re.search(r"__main__|\._native|triton", found.name):
+                yield found.name
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", trace_kernels.__all__)
+def test_every_public_op_has_an_example(name):
+    value = getattr(trace_kernels, name)
+    if inspect.isfunction(value):
+        assert ">>> " in (inspect.getdoc(value) or "")
+
+
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    # A block that needs a large model or a file of the reader's is marked ```python no-run and only has to compile.
+    for marker, block in re.findall(r"^```python([^\n]*)\n(.*?)^```", page.read_text(), re.M | re.S):
+        code = compile(block, str(page), "exec")
+        if "no-run" not in marker:
+            exec(code, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
