@@ -1,0 +1,74 @@
+"""Registering an op's Triton kernels without importing Triton.
+
+The kernels of an op live in ``ops/<op>/triton.py``, which is imported when the backend first runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trace_kernels.backends import OpBackends
+
+MINIMUM = (3, 6)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors: TRITON_INTERPRET=1 in the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why no Triton kernel can run in this process, or None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'trace-kernels[triton]'"
+    try:
+        version: str = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
+        return f"triton {version} is too old, {MINIMUM[0]}.{MINIMUM[1]} or newer is needed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def refuse_device(*args: Any, **kwargs: Any) -> str | None:
+    """Why a call on these tensors cannot run in Triton: the device, or float64."""
+    for value in args:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.device.type != "cuda" and not (value.device.type == "cpu" and interpreting()):
+            return f"tensors are on {value.device}, it serves cuda (cpu only with TRITON_INTERPRET=1)"
+        if value.dtype == torch.float64:
+            return "float64 is served by the reference only"
+    return None
+
+
+def register(
+    backends: OpBackends,
+    package: str,
+    *functions: str,
+    refuse: Callable[..., str | None] = lambda *args, **kwargs: None,
+) -> None:
+    """Add the backend ``triton`` with `functions` of the module ``<package>.triton``."""
+
+    def lazily(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"{package}.triton"), name)(*args)
+
+        return call
+
+    backends.register(
+        "triton",
+        unavailable=triton_unavailable,
+        refuse=lambda *args, **kwargs: refuse_device(*args, **kwargs) or refuse(*args, **kwargs),
+        **{name: lazily(name) for name in functions},
+    )

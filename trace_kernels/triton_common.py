@@ -1,0 +1,195 @@
+"""What the Triton kernels share: launching, recording launches, device functions, matrix products.
+
+Imports Triton, so nothing but the kernels' own modules may import it.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from trace_kernels.triton_backend import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that a run on meta tensors would have made.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: its programs.
+        arguments: by parameter name, tensors and numbers, as launched.
+        constants: the constexpr parameters.
+        num_warps: warps of a program.
+        bytes: global memory that it reads and writes.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """One library matrix product of such a run: what it computes and moves at the least."""
+
+    flops: int
+    bytes: int
+
+
+_recorded: list[Launch | Product] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch | Product]]:
+    """Collect launches and products instead of running them: for meta tensors, whose results nobody can see."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, bytes: int, **constants: Any) -> None:
+    """Run `kernel`, or record it; an empty grid does nothing."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = [name for name in kernel.arg_names if name not in constants]
+        arguments = dict(zip(names, args, strict=True))
+        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, bytes))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, num_warps=num_warps, **constants)
+
+
+def size_of(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the elements of `tensors`."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a @ b`` with float32 products, sums and result: the operands' own dtype on the tensor cores."""
+    if _recorded is not None:
+        _recorded.append(Product(2 * out.numel() * a.shape[1], size_of(a, b, out)))
+    elif a.device.type == "cpu":
+        torch.mm(a.float(), b.float(), out=out)
+    elif a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def addmm_float32(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out += a @ b`` with a float32 `out`."""
+    if _recorded is not None:
+        _recorded.append(Product(2 * out.numel() * a.shape[1], size_of(a, b, out, out)))
+    elif a.device.type == "cpu":
+        torch.addmm(out, a.float(), b.float(), out=out)
+    elif a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+
+
+#: Bytes of the float32 logits of one chunk, unless TRACE_KERNELS_CHUNK_BYTES says otherwise.
+CHUNK_BYTES = 640_000_000
+
+
+def chunk_rows(num_rows: int, bytes_per_row: int) -> int:
+    """Rows of a chunk of logits: at most 4096, within the byte budget, a multiple of 128 where it allows one.
+
+    Fewer than some 300 rows would make the products read the head faster than the memory delivers it.
+    """
+    text = os.environ.get("TRACE_KERNELS_CHUNK_BYTES", "")
+    try:
+        budget = int(float(text)) if text else CHUNK_BYTES
+    except ValueError:
+        budget = 0
+    if budget <= 0:
+        raise ValueError(f"TRACE_KERNELS_CHUNK_BYTES: got {text!r}, allowed is a positive number of bytes")
+    rows = max(1, min(4096, budget // max(1, bytes_per_row)))
+    if rows >= 128:
+        rows -= rows % 128
+    if rows >= num_rows:
+        return num_rows
+    # Even chunks: a last one of a few rows would cost a whole pass over the head.
+    even = cdiv(num_rows, cdiv(num_rows, rows))
+    return min(rows, cdiv(even, 128) * 128)
+
+
+@triton.jit
+def store_rounded(pointer, value, mask):
+    """Store float32 `value` in the pointer's type, rounded to nearest: Triton's interpreter truncates to bfloat16."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def transformed(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """``x = softcap * tanh(logit_scale * logit / softcap)`` and ``dx / dlogit / logit_scale``."""
+    x = logit * logit_scale
+    if HAS_SOFTCAP:
+        # With r = 1 - tanh|u|, the derivative 1 - tanh^2 = r (2 - r) keeps its digits where tanh nears 1.
+        u = x / softcap
+        r = 2.0 / (tl.exp(2.0 * tl.abs(u)) + 1.0)
+        derivative = r * (2.0 - r)
+        x = tl.where(u < 0, (r - 1.0) * softcap, (1.0 - r) * softcap)
+        # Comparisons hide a NaN.
+        x = tl.where(u == u, x, u)
+    else:
+        derivative = 1.0
+    return x, derivative
+
+
+@triton.jit
+def online_softmax(maximum, total, x):
+    """Add a tile ``x [LANES, VEC]`` to each lane's running maximum and sum of exponentials."""
+    larger = tl.maximum(maximum, tl.max(x, axis=1))
+    total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(x - larger[:, None]), axis=1)
+    return larger, total
+
+
+@triton.jit
+def combined(maximum, total):
+    """The row's maximum and sum of exponentials from those of its lanes."""
+    largest = tl.max(maximum, axis=0)
+    return largest, tl.sum(total * tl.exp(maximum - largest), axis=0)
+
+
+#: Where running maxima start: finite, so that a difference of two is never NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+def tile(num_columns: int, vector: int, num_warps: int = 8, vectors_per_thread: int = 2) -> tuple[int, int]:
+    """Lanes and vector length of the tile in which a program walks over a row; short rows get a smaller one."""
+    lanes = min(32 * num_warps * vectors_per_thread, next_power_of_2(cdiv(num_columns, vector)))
+    return max(32, lanes), vector
