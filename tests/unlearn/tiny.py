@@ -20,7 +20,22 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-FUNCTION_WORDS = ["the", "capital", "color", "owner", "of", "is", "a", "who", "what", "where", ".", "?", ":"]
+FUNCTION_WORDS = [
+    "the",
+    "capital",
+    "color",
+    "owner",
+    "of",
+    "is",
+    "a",
+    "who",
+    "what",
+    "where",
+    ".",
+    "?",
+    "Question:",
+    "Answer:",
+]
 WORDS = [f"w{i}" for i in range(50)] + FUNCTION_WORDS
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 NUM_EXPERTS = 8
