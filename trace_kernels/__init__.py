@@ -6,9 +6,11 @@ Every op takes ``backend="auto"``; ``python -m trace_kernels`` lists the backend
 from pathlib import Path
 
 from trace_kernels.backends import BackendError
+from trace_kernels.ops.cross_entropy.op import cross_entropy
 from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob
 from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy
+from trace_kernels.ops.linear_kl.op import linear_kl
 from trace_kernels.ops.record_routing.op import record_routing_
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
-__all__ = ["BackendError", "linear_cross_entropy", "linear_log_prob", "record_routing_"]
+__all__ = ["BackendError", "cross_entropy", "linear_cross_entropy", "linear_kl", "linear_log_prob", "record_routing_"]

@@ -102,7 +102,13 @@ def eager_log_prob(
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
     """The head and the log-probability as one writes them: logits in the model's dtype, the loss in float32."""
-    logits = F.linear(hidden, weight, bias) * logit_scale
+    return eager_log_prob_of_logits(F.linear(hidden, weight, bias), target, ignore_index, softcap, logit_scale)
+
+
+def eager_log_prob_of_logits(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, softcap: float | None, logit_scale: float
+) -> torch.Tensor:
+    logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if logits.dtype != torch.float64:

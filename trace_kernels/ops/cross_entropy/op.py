@@ -1,0 +1,216 @@
+"""`cross_entropy`: token-weighted cross-entropy from logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trace_kernels import losses, validate
+from trace_kernels.backends import OpBackends
+from trace_kernels.ops.cross_entropy import reference
+
+# A backend's ``refuse`` gets the logits [T, V]; its functions have the arguments of reference.py. logits may have any
+# strides; target, lse and grad_logp are contiguous.
+backends = OpBackends("cross_entropy")
+backends.register("reference", forward=reference.forward, backward=reference.backward)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    token_weight: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Token-weighted cross-entropy from logits.
+
+    .. math::
+        z_t = \text{softcap}(\text{logit\_scale} \cdot \text{logits}_t), \qquad
+        \text{nll}_t = \log \sum_v e^{z_{tv}} - z_{t, \text{target}_t}, \qquad
+        \text{loss} = \frac{\sum_t w_t \, \text{nll}_t}{\sum_t w_t}
+
+    over the tokens whose target is not `ignore_index`; softcap(x) = cap * tanh(x / cap), or x without one. Row t
+    predicts target t: shift the labels before the call. Losses are float32 whatever the logits (float64 for float64).
+
+    Args:
+        logits: [..., V] floating, any leading shape.
+        target: [...] int64, in [0, V) or `ignore_index`.
+        token_weight: [...] floating, of any sign; ones by default. Differentiable: d loss / d w_t is nll_t for "sum"
+            and "none", and for "mean" includes the denominator's part.
+        ignore_index: a target that does not count.
+        reduction: "mean", "sum" (of w_t * nll_t), or "none" (w_t * nll_t, 0 where ignored).
+        normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
+        softcap: finite, above 0.
+        logit_scale: finite; 1 / temperature.
+        inplace: the gradient overwrites the logits' memory in the backward, which saves [T, V]. The logits must not be
+            used after the backward; another backward through them raises. Without effect under torch.compile
+            (it plans memory itself) and with create_graph=True.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        0-d, or [...] for "none"; float32 (float64 for float64 logits). Without a counted token, or with a
+        denominator of 0, the loss is 0 and so are its gradients. Differentiable once in logits and token_weight; a
+        second-order gradient raises RuntimeError.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or value; the message names the argument. On a GPU a
+            target outside [0, V) yields NaN in its row, and raises with TRACE_KERNELS_DEBUG=1 only.
+        BackendError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, trace_kernels as tk
+        >>> logits = torch.zeros(3, 4, requires_grad=True)
+        >>> loss = tk.cross_entropy(logits, torch.tensor([0, 3, -100]), torch.tensor([1.0, 3.0, 9.0]))
+        >>> f"{loss.item():.4f}"  # log(4)
+        '1.3863'
+        >>> loss.backward()
+        >>> logits.grad[0].tolist()  # a quarter of softmax less one-hot
+        [-0.1875, 0.0625, 0.0625, 0.0625]
+    """
+    validate.check_dtype("logits", logits, validate.FLOAT_DTYPES)
+    if logits.dim() < 1:
+        raise ValueError("logits: got a 0-d tensor, allowed is [..., V]")
+    losses.check_vocabulary("logits", logits, logits.shape[-1])
+    losses.check_target(target, logits.shape[:-1], logits.device, "logits", ignore_index)
+    losses.check_weighting(token_weight, reduction, normalizer, logits.shape[:-1], logits.device, "logits")
+    losses.check_logits(softcap, logit_scale)
+    rows, flat_target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).contiguous()
+    softcap = None if softcap is None else float(softcap)
+    overwrite = inplace and not torch.compiler.is_compiling()
+    logp: torch.Tensor = cross_entropy_op(
+        rows, flat_target, ignore_index, softcap, float(logit_scale), overwrite, backend
+    )[0]
+    dtype = losses.compute_dtype(logits.dtype)
+    weighting = losses.Weighting(token_weight, flat_target != ignore_index, reduction, normalizer, dtype)
+    loss = weighting.reduce(-logp)
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+@torch.library.custom_op("trace_kernels::cross_entropy", mutates_args=())
+def cross_entropy_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    overwrite: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logp [T] and lse [T]."""
+    losses.check_target_values(target, logits.shape[1], ignore_index)
+    logp, lse = backends.select(backend, logits.device, logits).forward(
+        logits, target, ignore_index, softcap, logit_scale
+    )
+    return logp, lse
+
+
+@cross_entropy_op.register_fake
+def _(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    overwrite: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logp = logits.new_empty(logits.shape[0], dtype=losses.compute_dtype(logits.dtype))
+    return logp, torch.empty_like(logp)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target, *ctx.options, ctx.overwrite, ctx.backend = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, lse)
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
+    none = (None,) * 6
+    if grad is None:
+        return None, *none
+    logits, target, lse = ctx.saved_tensors
+    args = (target, lse, *ctx.options, ctx.backend)
+    # Under create_graph the gradient must hang on the graph, so that differentiating it again raises.
+    if ctx.overwrite and not torch.is_grad_enabled():
+        # Shares memory and version counter with the logits: whoever saved them too is told that they changed.
+        memory = logits.detach()
+        cross_entropy_backward_(memory, grad.contiguous(), *args)
+        return memory, *none
+    return cross_entropy_backward(logits, grad.contiguous(), *args), *none
+
+
+cross_entropy_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("trace_kernels::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    logits: torch.Tensor,
+    grad_logp: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> torch.Tensor:
+    functions = backends.select(backend, logits.device, logits)
+    dlogits: torch.Tensor = functions.backward(
+        grad_logp, logits, target, lse, ignore_index, softcap, logit_scale, False
+    )
+    return dlogits
+
+
+@cross_entropy_backward.register_fake
+def _(
+    logits: torch.Tensor,
+    grad_logp: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> torch.Tensor:
+    return logits.new_empty(logits.shape)
+
+
+cross_entropy_backward.register_autograd(losses.refuse_second_order)
+
+
+@torch.library.custom_op("trace_kernels::cross_entropy_backward_", mutates_args=("logits",))
+def cross_entropy_backward_(
+    logits: torch.Tensor,
+    grad_logp: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> None:
+    """The gradient overwrites `logits`."""
+    functions = backends.select(backend, logits.device, logits)
+    functions.backward(grad_logp, logits, target, lse, ignore_index, softcap, logit_scale, True)
+
+
+@cross_entropy_backward_.register_fake
+def _(
+    logits: torch.Tensor,
+    grad_logp: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> None:
+    return None
