@@ -193,3 +193,114 @@ def tile(num_columns: int, vector: int, num_warps: int = 8, vectors_per_thread: 
     """Lanes and vector length of the tile in which a program walks over a row; short rows get a smaller one."""
     lanes = min(32 * num_warps * vectors_per_thread, next_power_of_2(cdiv(num_columns, vector)))
     return max(32, lanes), vector
+
+
+@triton.jit
+def zero_row(out, num_columns, columns, STEP: tl.constexpr):
+    """Write zeros to `num_columns` elements; `columns` is a tile of STEP of them."""
+    for start in range(0, num_columns, STEP):
+        zeros = tl.zeros(columns.shape, tl.float32).to(out.dtype.element_ty)
+        tl.store(out + start + columns, zeros, mask=start + columns < num_columns)
+
+
+@triton.jit
+def scaled_rows_kernel(rows, factor, out, width, stride_row, stride_column, stride_out, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(factor + row)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    out += row * stride_out
+    if scale != 0.0:
+        value = tl.load(rows + row * stride_row + columns.to(tl.int64) * stride_column, mask=inside, other=0.0)
+        store_rounded(out + columns, value.to(tl.float32) * scale, inside)
+    else:
+        # A dropped row may hold anything, also what is not finite.
+        tl.store(out + columns, tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty), mask=inside)
+
+
+def scaled_rows(rows: torch.Tensor, factor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``factor_t * rows_t`` rounded once, and 0 where the factor is 0; `out` has a dense last dimension."""
+    if out is None:
+        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    R, H = rows.shape
+    block = min(2048, max(64, next_power_of_2(H)))
+    launch(
+        scaled_rows_kernel, (R, cdiv(H, block)),
+        rows, factor, out, H, *rows.stride(), out.stride(0),
+        num_warps=4, bytes=size_of(rows, factor, out), BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def column_sums_kernel(rows, factor, sums, num_rows, width, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = columns < width
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(0, num_rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        scale = tl.load(factor + row, mask=row < num_rows, other=0.0)
+        offsets = row.to(tl.int64)[:, None] * stride + columns[None, :]
+        value = tl.load(rows + offsets, mask=(scale != 0.0)[:, None] & inside[None, :], other=0.0)
+        total += value.to(tl.float32) * scale[:, None]
+    tl.store(sums + columns, tl.load(sums + columns, mask=inside, other=0.0) + tl.sum(total, axis=0), mask=inside)
+
+
+def column_sums(rows: torch.Tensor, factor: torch.Tensor, sums: torch.Tensor) -> None:
+    """``sums += sum over t of factor_t * rows_t``, in float32."""
+    R, V = rows.shape
+    launch(
+        column_sums_kernel, (cdiv(V, 128),),
+        rows, factor, sums, R, V, rows.stride(0),
+        num_warps=4, bytes=size_of(rows, factor, sums, sums), BLOCK_R=16, BLOCK_C=128,
+    )  # fmt: skip
+
+
+def dense(matrix: torch.Tensor) -> torch.Tensor:
+    """What a product reads without a copy; made once, because each chunk multiplies with it."""
+    return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
+
+
+class Logits:
+    """The float32 logits of one chunk of rows, and ``dz`` in the dtype of the hidden states in the same memory.
+
+    Attributes:
+        wide: whether that dtype has float32's exponent range.
+    """
+
+    def __init__(self, hidden: torch.Tensor, num_classes: int, buffers: int = 1) -> None:
+        self.num_rows, self.width = hidden.shape
+        self.num_classes = num_classes
+        self.dtype = hidden.dtype
+        self.wide = hidden.dtype != torch.float16
+        # Rows start on 256 bytes: wide loads, whatever the vocabulary's size.
+        self.stride = cdiv(num_classes, 64) * 64
+        self.rows = chunk_rows(self.num_rows, 4 * self.stride * buffers)
+        size = (self.rows, self.stride)
+        self.buffers = [torch.empty(size, dtype=torch.float32, device=hidden.device) for _ in range(buffers)]
+        self.result: torch.Tensor | None = None
+
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, self.num_rows, max(1, self.rows)):
+            yield slice(start, min(start + self.rows, self.num_rows))
+
+    def logits(self, rows: slice, buffer: int = 0) -> torch.Tensor:
+        """[R, V] float32."""
+        return self.buffers[buffer][: rows.stop - rows.start, : self.num_classes]
+
+    def dz(self, rows: slice) -> torch.Tensor:
+        """[R, V], at the start of each row of the first buffer."""
+        return self.buffers[0].view(self.dtype)[: rows.stop - rows.start, : self.num_classes]
+
+    def times(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``dz @ weight`` [R, H] in float32, in memory that the next call uses again."""
+        if self.result is None:
+            self.result = torch.empty((self.rows, self.width), dtype=torch.float32, device=dz.device)
+        out = self.result[: dz.shape[0]]
+        mm_float32(dz, weight, out)
+        return out
+
+    def bytes(self, rows: slice, reads: int, writes: int) -> int:
+        """What a kernel moves that reads each logit of the chunk `reads` times and writes dz `writes` times."""
+        num_rows: int = rows.stop - rows.start
+        return num_rows * self.num_classes * (4 * reads + self.dtype.itemsize * writes)

@@ -1,0 +1,122 @@
+"""`cross_entropy` in Triton: one read of the logits forward, one read and one write backward, in place on request.
+
+Run in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from trace_kernels.triton_common import (
+    LOWEST,
+    cdiv,
+    combined,
+    launch,
+    next_power_of_2,
+    online_softmax,
+    size_of,
+    store_rounded,
+    tile,
+    transformed,
+)
+
+WARPS = 8
+
+
+@triton.jit
+def forward_kernel(
+    logits, target, logp, lse, num_classes, stride, ignore_index, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(target + row)
+    if label == ignore_index:
+        tl.store(logp + row, 0.0)
+        tl.store(lse + row, 0.0)
+    else:
+        # Lanes of VEC neighbours: a lane's maximum needs no other thread, and an element one exponential.
+        columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        maximum = tl.full([LANES], LOWEST, tl.float32)
+        total = tl.zeros([LANES], tl.float32)
+        for start in range(0, num_classes, LANES * VEC):
+            inside = start + columns < num_classes
+            z = tl.load(logits + row * stride + start + columns, mask=inside, other=0.0).to(tl.float32)
+            x, _ = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+            maximum, total = online_softmax(maximum, total, tl.where(inside, x, -float("inf")))
+        largest, exponentials = combined(maximum, total)
+        valid = (label >= 0) & (label < num_classes)
+        z = tl.load(logits + row * stride + label, mask=valid, other=float("nan")).to(tl.float32)
+        x, _ = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+        # log and maximum apart: their sum would round away digits of a small loss.
+        tl.store(logp + row, (x - largest) - tl.log(exponentials))
+        tl.store(lse + row, largest + tl.log(exponentials))
+
+
+@triton.jit
+def backward_kernel(
+    grad_logp, logits, target, lse, dlogits, num_classes, stride, stride_out, blocks,
+    ignore_index, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < num_classes
+    label = tl.load(target + row)
+    gradient = tl.load(grad_logp + row)
+    out = dlogits + row * stride_out + columns
+    if (label == ignore_index) | (gradient == 0.0):
+        tl.store(out, tl.zeros([BLOCK], tl.float32).to(dlogits.dtype.element_ty), mask=inside)
+    else:
+        gradient = tl.where((label >= 0) & (label < num_classes), gradient, float("nan"))
+        z = tl.load(logits + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+        dx = tl.where(columns == label, 1.0, 0.0) - tl.exp(x - tl.load(lse + row))
+        store_rounded(out, dx * derivative * (gradient * logit_scale), inside)
+
+
+def forward(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, softcap: float | None, logit_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logp [T] and lse [T]."""
+    T, V = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logp = torch.empty(T, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(logp)
+    lanes, vector = tile(V, 16 // logits.element_size(), WARPS)
+    launch(
+        forward_kernel, (T,),
+        logits, target.contiguous(), logp, lse, V, logits.stride(0), ignore_index, softcap or 0.0, logit_scale,
+        num_warps=WARPS, bytes=size_of(logits, target, logp, lse),
+        HAS_SOFTCAP=softcap is not None, LANES=lanes, VEC=vector,
+    )  # fmt: skip
+    return logp, lse
+
+
+def backward(
+    grad_logp: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    inplace: bool,
+) -> torch.Tensor:
+    """The gradient [T, V] of `logits`, in their own memory when `inplace`."""
+    T, V = logits.shape
+    source = logits if logits.stride(1) == 1 else logits.contiguous()
+    dlogits = source if inplace else torch.empty((T, V), dtype=logits.dtype, device=logits.device)
+    block = min(16 // logits.element_size() * 32 * WARPS * 2, max(256, next_power_of_2(V)))
+    blocks = cdiv(V, block)
+    launch(
+        backward_kernel, (T * blocks,),
+        grad_logp.contiguous(), source, target.contiguous(), lse, dlogits, V, source.stride(0), dlogits.stride(0),
+        blocks, ignore_index, softcap or 0.0, logit_scale,
+        num_warps=WARPS, bytes=size_of(grad_logp, source, target, lse, dlogits),
+        HAS_SOFTCAP=softcap is not None, BLOCK=block,
+    )  # fmt: skip
+    return logits.copy_(dlogits) if inplace and source is not logits else dlogits
