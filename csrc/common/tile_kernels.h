@@ -1,0 +1,101 @@
+// The tile kernels of the linear ops: one table of functions per instruction set.
+//
+// Everything is built from one product, C[M,N] (+)= A[M,K] B[K,N] with fp32 accumulation, on packed operands whose
+// element is a "dword": one fp32 number, or two neighbouring bf16 numbers along K (K2 counts dwords, zero padded).
+//
+//   packed A: [ceil(K2/kKC)][rows_a][kKS] dwords, a row-major slab per block of kKC dwords; kKS > kKC keeps the rows
+//             of a register tile out of one cache set. rows_a is a multiple of kRowPad.
+//   packed B: [N / nr][K2p][nr] dwords, K2p = K2 rounded up to kKPad; columns beyond N and dwords beyond K2 are zero.
+//   C:        row-major fp32, ldc >= N rounded up to nr, rows padded to kRowPad.
+//
+// One layout serves the SIMD register tiles (fp32 FMA, vdpbf16ps) and the AMX tiles.
+#pragma once
+
+#include <cstdint>
+
+namespace tk {
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+inline constexpr int64_t kKC = 256;            // dwords of K per block
+inline constexpr int64_t kKS = kKC + 16;       // row stride of packed A, in dwords
+inline constexpr int64_t kKPad = 16;           // K2 is padded to this
+inline constexpr int64_t kRowPad = 32;         // rows of A and C are padded to this
+inline constexpr int64_t kColPad = 64;         // multiple of every nr
+inline constexpr int64_t kMaxTileCols = 1024;  // of the softmax
+
+// Rows of a matrix in memory: strides in elements, columns contiguous; `index` picks rows (null: all, in order).
+struct Rows {
+  const void* data;
+  Type type;
+  int64_t stride;
+  const int64_t* index;
+};
+
+// The link from raw dot products to logits: z = softcap(scale * (s + bias)).
+struct LogitMap {
+  const float* bias;  // [V] or null
+  float scale;
+  float cap;  // 0: no softcap
+};
+
+// Online softmax state of a block of rows. The target's own term is kept apart, so that 1 - p(target) has no
+// cancellation: sum covers the other columns only, relative to exp(max).
+struct SoftmaxState {
+  float* max;           // [rows] reference maximum, -inf before the first column
+  float* sum;           // [rows] sum over v != target of exp(z_v - max)
+  float* target_logit;  // [rows] z_target once its column was seen
+  float* target_slope;  // [rows] softcap'(target)
+};
+
+// logsumexp of a row as high + low: with one fp32 number p would carry the rounding of a large lse.
+struct LogSumExp {
+  const float *high, *low;
+};
+
+struct TileKernels {
+  const char* name;
+  bool pairs;  // dwords hold two bf16; otherwise one fp32
+  int64_t nr;  // columns of a B panel
+
+  // A[r,k] = rows[r][k] for r < m, k < k_elems, and 0 for m <= r < m_padded; `out` points at the slab row of r = 0.
+  void (*pack_a)(const Rows& rows, int64_t m, int64_t m_padded, int64_t k_elems, int64_t rows_a, uint32_t* out);
+  // B[k,n] = rows[n][k]: contraction along the columns of the source.
+  void (*pack_bt)(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* out);
+  // B[k,n] = rows[k][n]: contraction along the rows of the source.
+  void (*pack_b)(const Rows& rows, int64_t k_elems, int64_t n, uint32_t* out);
+  // C[m,n] (+)= A B. `a` points at the slab row to start with, rows_a is the slab height of the whole buffer.
+  void (*gemm)(const uint32_t* a, int64_t rows_a, const uint32_t* b, float* c, int64_t ldc, int64_t m, int64_t n,
+               int64_t k2, bool accumulate);
+  // One column tile [v0, v0 + cols) of the online softmax: s [rows, cols] holds raw dot products and is overwritten.
+  // Writes p = exp(z - max) * softcap' (target column: 0) to packed A `p` unless null; where the maximum of a row
+  // grew by more than a factor of e^8, the row of d [rows, ldd] is rescaled along with the state.
+  void (*softmax_tile)(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
+                       const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, float* d,
+                       int64_t ldd);
+  // The transposed tile of the gradient: s [cols of the vocabulary, rows] holds raw dot products. Writes
+  // dz[v,t] = g_t * scale * softcap' * ((v == target_t) - exp(z - lse_t)) to packed A; adds its row sums to dbias
+  // [cols].
+  void (*gradient_tile)(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
+                        const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
+                        float* dbias);
+  // out[r] (in `type`, row stride in elements) = c[r] for n columns.
+  void (*store_rows)(const float* c, int64_t ldc, int64_t m, int64_t n, Type type, void* out, int64_t stride);
+  // out = alpha * row + sum_j beta[j] * parts[j], n columns, rounded once to `type`.
+  void (*combine_row)(const float* const* parts, const float* beta, int64_t num_parts, const void* row, float alpha,
+                      int64_t n, Type type, void* out);
+};
+
+// The kernels of the instruction set in use for operands of `type` (fp16 and, without bf16 dot products, bf16 are
+// widened to fp32 while they are packed).
+const TileKernels& tile_kernels(Type type);
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// dwords that hold k elements, padded.
+inline int64_t k_dwords(const TileKernels& kernels, int64_t k) {
+  return round_up(kernels.pairs ? (k + 1) / 2 : k, kKPad);
+}
+inline int64_t packed_a_dwords(int64_t k2, int64_t rows_a) { return (k2 + kKC - 1) / kKC * rows_a * kKS; }
+
+}  // namespace tk

@@ -1,0 +1,40 @@
+// Compiled once per instruction set: CMakeLists.txt sets the flags and TK_ISA, the namespace.
+#include "common/isa/softmax.h"
+
+namespace tk {
+namespace TK_ISA {
+
+extern const TileKernels kFloatKernels;
+const TileKernels kFloatKernels = {"fp32",
+                                   false,
+                                   kNR,
+                                   &pack_a<false>,
+                                   &pack_bt<false>,
+                                   &pack_b<false>,
+                                   &gemm_simd<false>,
+                                   &softmax_tile<false>,
+                                   &gradient_tile<false>,
+                                   &store_rows,
+                                   &combine_row};
+
+#if defined(__AVX512BF16__)
+extern const TileKernels kPairKernels;
+const TileKernels kPairKernels = {"bf16 pairs",
+                                  true,
+                                  kNR,
+                                  &pack_a<true>,
+                                  &pack_bt<true>,
+                                  &pack_b<true>,
+#if defined(__AMX_BF16__)
+                                  &gemm_amx,
+#else
+                                  &gemm_simd<true>,
+#endif
+                                  &softmax_tile<true>,
+                                  &gradient_tile<true>,
+                                  &store_rows,
+                                  &combine_row};
+#endif
+
+}  // namespace TK_ISA
+}  // namespace tk

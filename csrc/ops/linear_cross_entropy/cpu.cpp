@@ -1,0 +1,345 @@
+// linear_cross_entropy and linear_log_prob on the CPU: log-probabilities and the gradient of the hidden states in one
+// streaming pass over the weight. It is flash attention with keys = values = W: logits exist as one cache tile only.
+//
+//   z_t = softcap(scale * (W h_t + b)),  logp_t = z_t[target_t] - lse_t
+//   d logp_t / d h_t = scale * ((1 - p_target) slope_target W[target] - sum_{v != target} p_v slope_v W[v])
+//
+// The target's column is left out of the streamed sums and added at the end, in fp32, so a confident token loses
+// nothing to cancellation or to the rounding of p.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/registry.h"
+#include "common/tile_kernels.h"
+#include "common/workspace.h"
+
+namespace tk {
+namespace {
+
+struct Problem {
+  Rows hidden, weight;
+  int64_t num_rows, H, V;  // rows that count
+  const int64_t* target;   // [num_rows]
+  LogitMap map;
+};
+
+struct Outputs {
+  float *logp, *lse;  // [T]
+  float* lse_low;     // [num_rows] what rounding lse lost, or null
+  void* dhidden;      // [T, H] contiguous in hidden's type, or null
+};
+
+// How the work is cut. A block of rows is shared by the threads of a group, each of which streams its own part of the
+// vocabulary; the parts are merged at the end of the block. Groups take blocks in turn.
+struct Plan {
+  int64_t block_rows;  // rows whose gradient is accumulated at a time, per group
+  int64_t tile_rows, tile_cols;
+  int members, groups;
+};
+
+// Bytes of scratch per thread: the packed tile of W (twice when the gradient is wanted) and the fp32 gradient.
+constexpr int64_t kPackBytes = int64_t{8} << 20, kGradientBytes = int64_t{8} << 20;
+
+Plan make_plan(const TileKernels& kernels, const Problem& p, bool gradient, int threads) {
+  Plan plan;
+  plan.tile_rows = 256;
+  const int64_t row_bytes = round_up(p.H, kColPad) * 4;
+  const int64_t fitting = std::max<int64_t>(kGradientBytes / row_bytes / kRowPad * kRowPad, kRowPad);
+  plan.block_rows = std::min<int64_t>(round_up(p.num_rows, kRowPad), std::min<int64_t>(fitting, 2048));
+  const int64_t column_bytes = k_dwords(kernels, p.H) * 4 * (gradient ? 2 : 1);
+  plan.tile_cols = std::clamp<int64_t>(kPackBytes / column_bytes / kColPad * kColPad, kColPad, kMaxTileCols);
+  if (plan.block_rows <= 128) plan.tile_cols = std::min<int64_t>(plan.tile_cols, 256);
+  // A thread should have a few hundred columns at least; beyond that, threads take rows.
+  plan.members = static_cast<int>(std::clamp<int64_t>((p.V + 255) / 256, 1, threads));
+  plan.groups = std::max(1, threads / plan.members);
+  if (plan.groups > 1)
+    plan.block_rows = std::min(plan.block_rows, round_up((p.num_rows + plan.groups - 1) / plan.groups, kRowPad));
+  return plan;
+}
+
+class Forward {
+ public:
+  Forward(const Problem& p, const Outputs& out, int threads)
+      : p_(p),
+        out_(out),
+        kernels_(tile_kernels(p.weight.type)),
+        plan_(make_plan(kernels_, p, out.dhidden != nullptr, threads)) {
+    const bool gradient = out_.dhidden != nullptr;
+    h2_ = k_dwords(kernels_, p_.H);
+    ldd_ = round_up(p_.H, kColPad);
+    const int64_t rows = plan_.block_rows;
+    cols_ = plan_.tile_cols;
+    c2_ = k_dwords(kernels_, cols_);
+    for (int g = 0; g < plan_.groups; ++g) {
+      groups_.push_back(
+          {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<float>(rows), memory_.add<float>(rows)});
+      for (int m = 0; m < plan_.members; ++m) {
+        threads_.push_back({memory_.add<uint32_t>(h2_ * cols_), memory_.add<uint32_t>(gradient ? c2_ * ldd_ : 0),
+                            memory_.add<float>(plan_.tile_rows * cols_),
+                            memory_.add<uint32_t>(gradient ? packed_a_dwords(c2_, plan_.tile_rows) : 0),
+                            memory_.add<float>(gradient ? rows * ldd_ : 0), memory_.add<float>(rows),
+                            memory_.add<float>(rows)});
+      }
+    }
+    memory_.allocate();
+    barriers_ = std::vector<Barrier>(plan_.groups);
+  }
+
+  int num_threads() const { return plan_.members * plan_.groups; }
+
+  void run(int thread, int num_threads) {
+    // The runtime may have granted fewer threads than planned: then one group of them does everything.
+    const bool as_planned = num_threads == this->num_threads();
+    const int members = as_planned ? plan_.members : std::min(num_threads, plan_.members);
+    const int groups = as_planned ? plan_.groups : 1;
+    const int group = thread / members, member = thread % members;
+    if (group >= groups) return;
+    for (int64_t r0 = group * plan_.block_rows; r0 < p_.num_rows; r0 += groups * plan_.block_rows)
+      block(r0, std::min(plan_.block_rows, p_.num_rows - r0), group, member, members);
+  }
+
+ private:
+  struct GroupMemory {
+    int64_t a, target_logit, target_slope;
+  };
+  struct ThreadMemory {
+    int64_t bt, b, s, p, d, max, sum;
+  };
+
+  Range columns(int member, int members) const {
+    const Range units = split((p_.V + kColPad - 1) / kColPad, member, members);
+    return {units.begin * kColPad, std::min(units.end * kColPad, p_.V)};
+  }
+  const ThreadMemory& memory_of(int group, int member) const { return threads_[group * plan_.members + member]; }
+
+  void block(int64_t r0, int64_t rows, int group, int member, int members) {
+    const GroupMemory& shared = groups_[group];
+    const ThreadMemory& mine = memory_of(group, member);
+    const int64_t block_rows = plan_.block_rows;
+    auto* a = memory_.at<uint32_t>(shared.a);
+    Barrier& barrier = barriers_[group];
+
+    const Range packed = split(round_up(rows, kRowPad) / kRowPad, member, members);
+    const int64_t first = packed.begin * kRowPad, last = packed.end * kRowPad;
+    if (first < last) {
+      kernels_.pack_a(hidden_rows(r0 + first), std::min(rows, last) - first, last - first, p_.H, block_rows,
+                      a + first * kKS);
+    }
+    auto* max = memory_.at<float>(mine.max);
+    auto* sum = memory_.at<float>(mine.sum);
+    std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
+    std::fill(sum, sum + rows, 0.0f);
+    barrier.wait(members);
+
+    const Range range = columns(member, members);
+    for (int64_t v0 = range.begin; v0 < range.end; v0 += cols_)
+      tile(r0, rows, v0, std::min(cols_, range.end - v0), v0 == range.begin, shared, mine);
+    barrier.wait(members);
+
+    const Range merged = split(rows, member, members);
+    for (int64_t r = merged.begin; r < merged.end; ++r) merge(r0, r, group, members);
+    barrier.wait(members);
+  }
+
+  void tile(int64_t r0, int64_t rows, int64_t v0, int64_t cols, bool first, const GroupMemory& shared,
+            const ThreadMemory& mine) {
+    const bool gradient = out_.dhidden != nullptr;
+    const int64_t block_rows = plan_.block_rows;
+    const auto* a = memory_.at<uint32_t>(shared.a);
+    auto* bt = memory_.at<uint32_t>(mine.bt);
+    auto* b = memory_.at<uint32_t>(mine.b);
+    auto* s = memory_.at<float>(mine.s);
+    auto* packed_p = gradient ? memory_.at<uint32_t>(mine.p) : nullptr;
+    auto* d = gradient ? memory_.at<float>(mine.d) : nullptr;
+    Rows weight = p_.weight;
+    weight.data = static_cast<const char*>(weight.data) + v0 * weight.stride * (weight.type == Type::f32 ? 4 : 2);
+    kernels_.pack_bt(weight, cols, p_.H, bt);
+    if (gradient) kernels_.pack_b(weight, cols, p_.H, b);
+    const int64_t lds = cols_;
+    for (int64_t t0 = 0; t0 < rows; t0 += plan_.tile_rows) {
+      const int64_t n = std::min(plan_.tile_rows, rows - t0);
+      kernels_.gemm(a + t0 * kKS, block_rows, bt, s, lds, n, cols, h2_, false);
+      const SoftmaxState state{memory_.at<float>(mine.max) + t0, memory_.at<float>(mine.sum) + t0,
+                               memory_.at<float>(shared.target_logit) + t0,
+                               memory_.at<float>(shared.target_slope) + t0};
+      // The first tile finds no gradient to rescale.
+      kernels_.softmax_tile(s, lds, n, cols, v0, p_.target + r0 + t0, p_.map, state, packed_p, plan_.tile_rows,
+                            first || !gradient ? nullptr : d + t0 * ldd_, ldd_);
+      if (gradient)
+        kernels_.gemm(packed_p, plan_.tile_rows, b, d + t0 * ldd_, ldd_, n, p_.H, k_dwords(kernels_, cols), !first);
+    }
+  }
+
+  // Row r of the block from the parts of the threads; the state is in double here.
+  void merge(int64_t r0, int64_t r, int group, int members) {
+    const GroupMemory& shared = groups_[group];
+    const double logit = memory_.at<float>(shared.target_logit)[r];
+    double top = logit;
+    for (int m = 0; m < members; ++m) top = std::max(top, double{memory_.at<float>(memory_of(group, m).max)[r]});
+    double others = 0.0;
+    const float* parts[kMaxParts];
+    float beta[kMaxParts];
+    int used = 0;
+    for (int m = 0; m < members; ++m) {
+      const Range range = columns(m, members);
+      if (range.begin >= range.end) continue;
+      const ThreadMemory& part = memory_of(group, m);
+      const double part_max = memory_.at<float>(part.max)[r], part_sum = memory_.at<float>(part.sum)[r];
+      // A part without a maximum is empty (sum 0) or holds NaN only (sum NaN, which must get through).
+      const double factor = std::isinf(part_max) && part_max < 0 ? 0.0 : std::exp(part_max - top);
+      others += part_sum * factor;
+      beta[used] = static_cast<float>(factor);
+      parts[used++] = memory_.at<float>(part.d) + r * ldd_;
+    }
+    const double own = std::exp(logit - top), total = own + others;
+    const int64_t at = p_.hidden.index ? p_.hidden.index[r0 + r] : r0 + r;
+    const double lse = top + std::log(total);
+    out_.lse[at] = static_cast<float>(lse);
+    if (out_.lse_low != nullptr) out_.lse_low[r0 + r] = static_cast<float>(lse - out_.lse[at]);
+    out_.logp[at] = static_cast<float>(own > 0 ? -std::log1p(others / own) : logit - lse);
+    if (out_.dhidden == nullptr) return;
+    const double scale = p_.map.scale;
+    for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(-scale * beta[i] / total);
+    const float alpha = static_cast<float>(scale * others / total * memory_.at<float>(shared.target_slope)[r]);
+    const int64_t bytes = p_.weight.type == Type::f32 ? 4 : 2;
+    const char* row = static_cast<const char*>(p_.weight.data) + p_.target[r0 + r] * p_.weight.stride * bytes;
+    kernels_.combine_row(parts, beta, used, row, alpha, p_.H, p_.weight.type,
+                         static_cast<char*>(out_.dhidden) + at * p_.H * bytes);
+  }
+
+  Rows hidden_rows(int64_t r) const {
+    Rows rows = p_.hidden;
+    if (rows.index != nullptr) {
+      rows.index += r;
+    } else {
+      rows.data = static_cast<const char*>(rows.data) + r * rows.stride * (rows.type == Type::f32 ? 4 : 2);
+    }
+    return rows;
+  }
+
+ public:
+  static constexpr int kMaxParts = 256;
+
+ private:
+  const Problem& p_;
+  const Outputs& out_;
+  const TileKernels& kernels_;
+  Plan plan_;
+  int64_t h2_, ldd_, cols_, c2_;
+  std::vector<GroupMemory> groups_;
+  std::vector<ThreadMemory> threads_;
+  Workspace memory_;
+  std::vector<Barrier> barriers_;
+};
+
+Problem problem_of(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
+                   int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t target,
+                   double softcap, double scale) {
+  const auto storage = static_cast<Type>(type);
+  return {{reinterpret_cast<const void*>(hidden), storage, hidden_stride, reinterpret_cast<const int64_t*>(index)},
+          {reinterpret_cast<const void*>(weight), storage, weight_stride, nullptr},
+          num_rows,
+          H,
+          V,
+          reinterpret_cast<const int64_t*>(target),
+          {reinterpret_cast<const float*>(bias), static_cast<float>(scale), static_cast<float>(softcap)}};
+}
+
+void forward_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
+                 int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t target,
+                 double softcap, double scale, uintptr_t logp, uintptr_t lse, uintptr_t lse_low, uintptr_t dhidden,
+                 int num_threads) {
+  if (num_rows == 0) return;
+  const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
+                               softcap, scale);
+  const Outputs out{reinterpret_cast<float*>(logp), reinterpret_cast<float*>(lse), reinterpret_cast<float*>(lse_low),
+                    reinterpret_cast<void*>(dhidden)};
+  Forward forward(p, out, std::clamp(num_threads, 1, Forward::kMaxParts));
+  parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
+}
+
+// dweight[v] = sum_t g_t d logp_t / d W[v] with known lse: the logits are recomputed transposed, [v, t], so that a
+// tile of dweight stays in cache while all rows pass by, and needs no transposition of p.
+void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
+                         int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias,
+                         uintptr_t target, double softcap, double scale, uintptr_t lse, uintptr_t lse_low,
+                         uintptr_t row_grad, uintptr_t dweight, uintptr_t dbias, int num_threads) {
+  const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
+                               softcap, scale);
+  const TileKernels& kernels = tile_kernels(p.weight.type);
+  constexpr int64_t kChunk = 512, kTile = 256;
+  const int64_t chunk = std::min(kChunk, round_up(num_rows, kColPad));
+  const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
+  const int64_t h2 = k_dwords(kernels, H), t2 = k_dwords(kernels, chunk), ldd = round_up(H, kColPad);
+  const int64_t bt_size = h2 * chunk, b_size = t2 * ldd;
+  const int threads = static_cast<int>(std::clamp<int64_t>((V + kRowPad - 1) / kRowPad, 1, num_threads));
+  Workspace memory;
+  const int64_t bt_at = memory.add<uint32_t>(bt_size * num_chunks), b_at = memory.add<uint32_t>(b_size * num_chunks);
+  struct ThreadMemory {
+    int64_t a, s, dz, acc, dbias;
+  };
+  std::vector<ThreadMemory> own;
+  for (int i = 0; i < threads; ++i)
+    own.push_back({memory.add<uint32_t>(packed_a_dwords(h2, kTile)), memory.add<float>(kTile * chunk),
+                   memory.add<uint32_t>(packed_a_dwords(t2, kTile)), memory.add<float>(kTile * ldd),
+                   memory.add<float>(kTile)});
+  memory.allocate();
+  Barrier barrier;
+  const int64_t bytes = p.weight.type == Type::f32 ? 4 : 2;
+  parallel(threads, [&](int thread, int of) {
+    for (int64_t item = thread; item < 2 * num_chunks; item += of) {
+      const int64_t i = item / 2, t0 = i * chunk, n = std::min(chunk, num_rows - t0);
+      Rows rows = p.hidden;
+      if (rows.index != nullptr) {
+        rows.index += t0;
+      } else {
+        rows.data = static_cast<const char*>(rows.data) + t0 * rows.stride * bytes;
+      }
+      if (item % 2 == 0) {
+        kernels.pack_bt(rows, n, H, memory.at<uint32_t>(bt_at) + i * bt_size);
+      } else {
+        kernels.pack_b(rows, n, H, memory.at<uint32_t>(b_at) + i * b_size);
+      }
+    }
+    barrier.wait(of);
+    const ThreadMemory& mine = own[thread];
+    auto* a = memory.at<uint32_t>(mine.a);
+    auto* s = memory.at<float>(mine.s);
+    auto* dz = memory.at<uint32_t>(mine.dz);
+    auto* acc = memory.at<float>(mine.acc);
+    auto* bias_sums = memory.at<float>(mine.dbias);
+    const Range units = split((V + kRowPad - 1) / kRowPad, thread, of);
+    const int64_t end = std::min(units.end * kRowPad, V);
+    for (int64_t v0 = units.begin * kRowPad; v0 < end; v0 += kTile) {
+      const int64_t cols = std::min(kTile, end - v0);
+      Rows rows = p.weight;
+      rows.data = static_cast<const char*>(rows.data) + v0 * rows.stride * bytes;
+      kernels.pack_a(rows, cols, round_up(cols, kRowPad), H, kTile, a);
+      std::fill(bias_sums, bias_sums + kTile, 0.0f);
+      for (int64_t i = 0; i < num_chunks; ++i) {
+        const int64_t t0 = i * chunk, n = std::min(chunk, num_rows - t0);
+        kernels.gemm(a, kTile, memory.at<uint32_t>(bt_at) + i * bt_size, s, chunk, cols, n, h2, false);
+        kernels.gradient_tile(s, chunk, cols, n, v0, p.target + t0, p.map,
+                              {reinterpret_cast<const float*>(lse) + t0, reinterpret_cast<const float*>(lse_low) + t0},
+                              reinterpret_cast<const float*>(row_grad) + t0, dz, kTile, bias_sums);
+        kernels.gemm(dz, kTile, memory.at<uint32_t>(b_at) + i * b_size, acc, ldd, cols, H, k_dwords(kernels, n), i > 0);
+      }
+      kernels.store_rows(acc, ldd, cols, H, p.weight.type, reinterpret_cast<char*>(dweight) + v0 * H * bytes, H);
+      if (dbias != 0) std::copy(bias_sums, bias_sums + cols, reinterpret_cast<float*>(dbias) + v0);
+    }
+  });
+}
+
+void bind(pybind11::module_& module) {
+  module.def("linear_cross_entropy_forward_cpu", &forward_cpu, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("linear_cross_entropy_backward_weight_cpu", &backward_weight_cpu,
+             pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+TK_REGISTER(bind);
+
+}  // namespace
+}  // namespace tk
