@@ -1,0 +1,161 @@
+"""Whether a model gives the answers of question data: exactly, and by the words its greedy answers share with them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from trace_unlearn.data import collate
+from trace_unlearn.encoding import IGNORE_INDEX
+
+STOPS = ("\n\n", "\nQuestion:")  # a model that goes on after its answer; not used on references that hold them
+
+
+class Answered(NamedTuple):
+    """A row's tokens up to the end of its last answer, where that answer begins, and its text."""
+
+    input_ids: list[int]
+    start: int
+    answer: str
+
+
+def answer_scores(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    dataset: datasets.Dataset,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    max_generations: int | None = None,
+    label: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Fact accuracy and ROUGE-L of the rows that have answers; empty where none has.
+
+    `evaluate_model` says what the numbers mean.
+    """
+    rows = list(_answered_rows(dataset, tokenizer.eos_token_id))
+    if not rows:
+        return {}
+    correct = 0
+    with tqdm(total=len(rows), desc=f"{label}: answers", unit=" rows", disable=not progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            correct += sum(_greedy_would_answer(model, rows[start : start + batch_size]))
+            bar.update(min(batch_size, len(rows) - start))
+    scores: dict[str, Any] = {"answers": len(rows), "fact_accuracy": correct / len(rows)}
+    if max_new_tokens:
+        scores |= _rouge(model, tokenizer, rows[:max_generations], batch_size, max_new_tokens, label, progress)
+    return scores
+
+
+def _answered_rows(dataset: datasets.Dataset, eos: int | None) -> Iterator[Answered]:
+    for row in dataset:
+        if not row["answer"]:
+            continue
+        labels = row["labels"]
+        end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+        start = max(i for i in range(end) if labels[i] == IGNORE_INDEX) + 1  # labels[0] is always ignored
+        if labels[end - 1] == eos:
+            end -= 1
+        if start < end:
+            yield Answered(row["input_ids"][:end], start, row["answer"])
+
+
+def _greedy_would_answer(model: PreTrainedModel, rows: list[Answered]) -> list[bool]:
+    """For each row, whether every token of its answer is the most likely one after those before it."""
+    batch = collate([{"input_ids": row.input_ids, "labels": row.input_ids} for row in rows], pad_token_id=0)
+    tokens = batch["input_ids"].to(model.device)
+    predicting = torch.arange(min(row.start for row in rows) - 1, tokens.shape[1] - 1)
+    only = {}
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        only = {"logits_to_keep": predicting.to(model.device)}
+    logits = model(input_ids=tokens, attention_mask=batch["attention_mask"].to(model.device), **only).logits
+    best = (logits if only else logits[:, predicting]).argmax(-1).cpu()
+    first = int(predicting[0])
+    return [
+        best[i, row.start - 1 - first : len(row.input_ids) - 1 - first].tolist() == row.input_ids[row.start :]
+        for i, row in enumerate(rows)
+    ]
+
+
+def _rouge(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    rows: list[Answered],
+    batch_size: int,
+    max_new_tokens: int,
+    label: str,
+    progress: bool,
+) -> dict[str, Any]:
+    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=Words())
+    recall, f1 = 0.0, 0.0
+    with tqdm(total=len(rows), desc=f"{label}: generation", unit=" rows", disable=not progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            for row, text in zip(some, _generate(model, tokenizer, some, max_new_tokens), strict=True):
+                score = scorer.score(row.answer, text)["rougeL"]
+                recall += score.recall
+                f1 += score.fmeasure
+            bar.update(len(some))
+    return {"generated": len(rows), "rouge_l_recall": recall / len(rows), "rouge_l_f1": f1 / len(rows)}
+
+
+def _generate(model: PreTrainedModel, tokenizer: Tokenizer, rows: list[Answered], max_new_tokens: int) -> list[str]:
+    """The greedy answers to the prompts of `rows`, padded on the left."""
+    prompts = [row.input_ids[: row.start] for row in rows]
+    width = max(map(len, prompts))
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for i, prompt in enumerate(prompts):
+        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    own = model.generation_config
+    ends = {tokenizer.eos_token_id, *_listed(getattr(own, "eos_token_id", None))} - {None}
+    # In place of the model's own configuration: generate() would take its repetition penalty and the like from there.
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    try:
+        out = model.generate(  # type: ignore[operator]  # its stubs take it for a tensor
+            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
+        )
+    finally:
+        model.generation_config = own
+    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [_cut(text, row.answer) for text, row in zip(texts, rows, strict=True)]
+
+
+def _cut(text: str, answer: str) -> str:
+    for stop in STOPS:
+        if stop not in answer:
+            text = text.lstrip().partition(stop)[0]
+    return text
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+class Words:
+    """Splits text for ROUGE: as rouge-score does on ASCII; other letters count too, and each CJK sign is a word.
+
+    >>> Words().tokenize("The Café's 2nd, 東京")
+    ['the', 'café', 's', '2nd', '東', '京']
+    """
+
+    pattern = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self.pattern.findall(text.lower())

@@ -1,0 +1,261 @@
+"""The verb `evaluate`: what checkpoints know of the forget and the retain set, and how their routing moved."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import trace_kernels
+from trace_unlearn import files
+from trace_unlearn.answers import STOPS, answer_scores
+from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
+from trace_unlearn.errors import UserError
+from trace_unlearn.likelihood import Routes, log_likelihood, routing_shift
+from trace_unlearn.model import check_inputs, load_model, load_tokenizer
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """Measure checkpoints on forget and retain data, and write metrics.json.
+
+    Attributes:
+        models: the checkpoints to measure: folders or hub names.
+        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name owner/name[:config].
+        retain: the data to keep, likewise.
+        output: the folder to write metrics.json into.
+        others: further data sets by name, such as held-out facts: {"neighbours": "neighbours.jsonl"}.
+        base: the model before unlearning; with it the routing shift is measured.
+        max_length: the most tokens of a row.
+        split: of hub data.
+        limit: use only the first rows of each data set; none uses all.
+        batch_size: rows of one forward.
+        max_new_tokens: the most tokens of a generated answer; 0 generates none.
+        max_generations: answers to generate for each data set; none means all.
+        routing_tokens: tokens of each data set whose experts are compared one by one with the base model's.
+        dtype: auto (as the checkpoint), float32, bfloat16 or float16.
+        device: where to run, such as cpu or cuda:1; none takes the GPU when there is one.
+        device_map: accelerate's placement over several devices, such as auto, in place of device.
+    """
+
+    models: list[str]
+    forget: str
+    retain: str
+    output: str
+    others: dict[str, str] = dataclasses.field(default_factory=dict)
+    base: str | None = None
+    max_length: int = 512
+    split: str = "train"
+    limit: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int = 64
+    max_generations: int | None = 300
+    routing_tokens: int = 200_000
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    *,
+    others: Mapping[str, datasets.Dataset] | None = None,
+    base: PreTrainedModel | Mapping[str, Routes] | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    max_generations: int | None = 300,
+    routing_tokens: int = 200_000,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Measures one model.
+
+    Args:
+        model: a causal language model; its training mode is restored afterwards.
+        tokenizer: its tokenizer.
+        forget: rows as `load_tokens` gives them.
+        retain: likewise.
+        others: further data sets by name.
+        base: the model before unlearning, or what `routes_of` gave for it: adds the routing shift.
+        batch_size: rows of one forward.
+        max_new_tokens: the most tokens of a generated answer; 0 generates none.
+        max_generations: answers to generate for each data set, the first ones; None means all.
+        routing_tokens: how many tokens' experts are compared one by one.
+        progress: whether to show bars.
+
+    Returns:
+        For "forget", "retain" and each of `others`:
+
+        - nll: the mean over loss-bearing tokens of -log p(token | those before), in nats; tokens: their number; rows.
+        - for data with answers: answers: their number; fact_accuracy: the share whose every token (the end-of-sequence
+          token apart) is the most likely one after those before it, which is to say that greedy decoding gives the
+          answer; generated: how many were generated; rouge_l_recall and rouge_l_f1 of greedy generations against the
+          answer (rouge-score, no stemming), their mean.
+        - with `base`: routing_shift: changed: the share of (token, slot) assignments to experts that the base model
+          does not make for this token in this layer; total_variation: half the summed absolute difference of the
+          experts' shares of assignments, the mean over layers; both for each layer too; tokens: how many were compared.
+    """
+    sets = _named(forget, retain, others)
+    if isinstance(base, PreTrainedModel):
+        base = routes_of(base, sets, batch_size=batch_size, routing_tokens=routing_tokens, progress=progress)
+    measures: dict[str, dict[str, Any]] = {}
+    with _evaluating(model):
+        for name, data in sets.items():
+            keep = routing_tokens if base is not None else None
+            found = log_likelihood(model, data, batch_size=batch_size, keep_routes=keep, label=name, progress=progress)
+            measures[name] = {"nll": found.nll, "tokens": found.tokens, "rows": len(data)}
+            measures[name] |= answer_scores(
+                model,
+                tokenizer,
+                data,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                max_generations=max_generations,
+                label=name,
+                progress=progress,
+            )
+            if base is not None and found.routes is not None:
+                measures[name]["routing_shift"] = routing_shift(base[name], found.routes)
+    return measures
+
+
+def routes_of(
+    model: PreTrainedModel,
+    sets: Mapping[str, datasets.Dataset],
+    *,
+    batch_size: int = 8,
+    routing_tokens: int = 200_000,
+    progress: bool = True,
+) -> dict[str, Routes]:
+    """The experts that `model` chooses on each data set, to compare other models with (`base` of `evaluate_model`)."""
+    routes: dict[str, Routes] = {}
+    with _evaluating(model):
+        for name, data in sets.items():
+            found = log_likelihood(
+                model, data, batch_size=batch_size, keep_routes=routing_tokens, label=f"base, {name}", progress=progress
+            )
+            assert found.routes is not None
+            routes[name] = found.routes
+    return routes
+
+
+def main(options: EvaluateOptions) -> None:
+    """Measures every checkpoint of `options` and writes `output`/metrics.json, whole or not at all."""
+    target = Path(options.output) / "metrics.json"
+    files.refuse_existing(target)
+    _check(options)
+    configs = [check_inputs(name, moe=options.base is not None) for name in options.models]
+    if options.base is not None:
+        check_inputs(options.base)
+    tokenizer = load_tokenizer(options.models[0], configs[0])
+    for name, config in zip(options.models[1:], configs[1:], strict=True):
+        if load_tokenizer(name, config).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{name}: its tokenizer is not that of {options.models[0]}: NLLs cannot be compared")
+    print(f"evaluate: {', '.join(options.models)} on {options.forget} and {options.retain} -> {target}")
+
+    def read(source: str) -> datasets.Dataset:
+        return load_tokens(source, tokenizer, max_length=options.max_length, split=options.split, limit=options.limit)
+
+    def load(name: str) -> PreTrainedModel:
+        return load_model(name, dtype=options.dtype, device=options.device, device_map=options.device_map)
+
+    forget, retain = read(options.forget), read(options.retain)
+    others = {name: read(source) for name, source in options.others.items()}
+    check_disjoint(forget, retain)
+    sets = _named(forget, retain, others)
+    base = None
+    if options.base is not None:
+        print(f"evaluate: routing of {options.base}")
+        base = routes_of(load(options.base), sets, batch_size=options.batch_size, routing_tokens=options.routing_tokens)
+    checkpoints: dict[str, dict[str, Any]] = {}
+    for name in options.models:
+        print(f"evaluate: measuring {name}")
+        checkpoints[name] = evaluate_model(
+            load(name),
+            tokenizer,
+            forget,
+            retain,
+            others=others,
+            base=base,
+            max_new_tokens=options.max_new_tokens,
+            max_generations=options.max_generations,
+            batch_size=options.batch_size,
+            routing_tokens=options.routing_tokens,
+        )
+    choices = {
+        "options": options,
+        "nll": "mean over loss-bearing tokens, nats, float32 log-probabilities",
+        "fact_accuracy": "teacher-forced argmax of every answer token, without the end-of-sequence token",
+        "rouge": {"metric": "rougeL", "stemmer": False, "decoding": "greedy", "cut_at": STOPS},
+        "fingerprints": {name: fingerprint(data) for name, data in sets.items()},
+        "versions": {
+            "trace_kernels": trace_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    files.write_json(target, {"checkpoints": checkpoints, "choices": choices})
+    print(summary(checkpoints))
+    print(f"evaluate: wrote {target}")
+
+
+def summary(checkpoints: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The main measures as a table for people, one line for each checkpoint and data set.
+
+    >>> print(summary({"model": {"forget": {"nll": 5.25, "tokens": 80, "rows": 4, "fact_accuracy": 0.0}}}))
+    checkpoint  data    NLL    facts  ROUGE-L  routing changed
+    model       forget  5.250  0.000  -        -
+    """
+    rows = [("checkpoint", "data", "NLL", "facts", "ROUGE-L", "routing changed")]
+    for model, measures in checkpoints.items():
+        for name, found in measures.items():
+            values = [found.get(key) for key in ("nll", "fact_accuracy", "rouge_l_f1")]
+            values.append(found.get("routing_shift", {}).get("changed"))
+            shown = ["-" if value is None else f"{value:.3f}" for value in values]
+            rows.append((model, name, shown[0], shown[1], shown[2], shown[3]))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _named(
+    forget: datasets.Dataset, retain: datasets.Dataset, others: Mapping[str, datasets.Dataset] | None
+) -> dict[str, datasets.Dataset]:
+    if reserved := {"forget", "retain"} & set(others or ()):
+        raise UserError(f"others: got the name {reserved.pop()!r}, which is taken; use another")
+    return {"forget": forget, "retain": retain, **(others or {})}
+
+
+def _check(options: EvaluateOptions) -> None:
+    if not options.models:
+        raise UserError("models: got none; name at least one checkpoint")
+    if len(set(options.models)) < len(options.models):
+        raise UserError(f"models: got {', '.join(options.models)}; each may be named once")
+    least = {"batch_size": 1, "max_new_tokens": 0, "max_generations": 1, "routing_tokens": 1}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise UserError(f"{name}: got {value}; an integer of at least {bound} is allowed")
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,348 @@
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
+
+from trace_unlearn import evaluate, files, likelihood
+from trace_unlearn.answers import answer_scores
+from trace_unlearn.data import load_tokens
+from trace_unlearn.errors import UserError
+from trace_unlearn.evaluate import EvaluateOptions, evaluate_model, routes_of
+from trace_unlearn.integrations import fused_loss_of
+from trace_unlearn.likelihood import log_likelihood
+from trace_unlearn.routing import RoutingRecorder
+
+WORDS = tiny.tokenizer()
+TEXTS = ["w1 w2 w3 w4 w5", "the capital of w6 is w7 .", "w8", "w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20"]
+QUESTIONS = [
+    {"question": "what is the capital of w1 ?", "answer": "w2"},
+    {"question": "who is the owner of w3 ?", "answer": "w4 w5 w6"},
+    {"prompt": "w7", "completion": " w8 w9"},
+]
+
+
+def dataset(folder, records, name="data.json", **options):
+    (folder / name).write_text(json.dumps(records))
+    return load_tokens(folder / name, WORDS, progress=False, **options)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return dataset(tmp_path, TEXTS, max_length=9)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return dataset(tmp_path, QUESTIONS, "questions.json")
+
+
+def plain_nll(model, data):
+    """One row at a time, float64, from the model's own logits."""
+    total, count = 0.0, 0
+    for row in data:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+        for t, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                total -= logits[t, label].item()
+                count += 1
+    return total / count, count
+
+
+def with_answers(model, records, length=3):
+    """The records with the model's own greedy continuations for answers."""
+    answered = []
+    for record in records:
+        ids = WORDS(record["prompt"]).input_ids
+        for _ in range(length):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        answered.append({**record, "completion": " " + WORDS.decode(ids[-length:])})
+    return answered
+
+
+# likelihood
+
+
+@torch.no_grad()
+def test_nll_equals_that_of_plain_logits(family, texts, questions):
+    model = tiny.model(family, len(WORDS))
+    for data in (texts, questions):
+        found = log_likelihood(model, data, batch_size=3, progress=False)
+        nll, tokens = plain_nll(model, data)
+        assert found.tokens == tokens
+        assert found.nll == pytest.approx(nll, rel=1e-5)
+        assert found.routes is None
+    assert fused_loss_of(model) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteMoeConfig(**{**tiny.COMMON, "vocab_size": 69}, num_local_experts=4, logits_scaling=3.0),
+        Gemma2Config(**{**tiny.COMMON, "vocab_size": 69, "head_dim": 8}, final_logit_softcapping=0.7),
+    ],
+    ids=["scaled", "soft-capped"],
+)
+def test_nll_of_scaled_and_capped_logits(config, texts):
+    config.vocab_size = len(WORDS)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30.0)
+    assert log_likelihood(model, texts, progress=False).nll == pytest.approx(plain_nll(model, texts)[0], rel=1e-5)
+
+
+@torch.no_grad()
+def test_models_that_cannot_be_fused_are_measured_from_logits_with_a_warning(texts, monkeypatch, caplog):
+    model = tiny.model("qwen3_moe", len(WORDS))
+    fused = log_likelihood(model, texts, keep_routes=1000, progress=False)
+
+    def refuse(model):
+        raise UserError("fuse_loss: not this one")
+
+    monkeypatch.setattr(likelihood, "fuse_loss", refuse)
+    plain = log_likelihood(model, texts, keep_routes=1000, progress=False)
+    assert "computing logits, which takes more memory: fuse_loss: not this one" in caplog.text
+    assert plain.nll == pytest.approx(fused.nll, rel=1e-5)
+    assert torch.equal(plain.routes.counts, fused.routes.counts)
+    assert torch.equal(plain.routes.routes, fused.routes.routes)
+
+
+@torch.no_grad()
+def test_a_router_loss_in_the_config_does_not_count_and_comes_back(texts):
+    model = tiny.model("mixtral", len(WORDS), output_router_logits=True, router_aux_loss_coef=100.0)
+    expected = plain_nll(model, texts)[0]
+    assert log_likelihood(model, texts, progress=False).nll == pytest.approx(expected, rel=1e-5)
+    assert model.config.output_router_logits is True
+
+
+# answers
+
+
+@torch.no_grad()
+def test_fact_accuracy_is_whether_greedy_decoding_gives_the_answer(family, tmp_path):
+    model = tiny.model(family, len(WORDS))
+    prompts = [{"prompt": text} for text in ("w1 w2 w3 w4", "the capital of w5 is", "w6")]
+    right = with_answers(model, prompts)
+    assert answer_scores(model, WORDS, dataset(tmp_path, right), max_new_tokens=0, progress=False) == {
+        "answers": 3,
+        "fact_accuracy": 1.0,
+    }
+    for position in range(3):
+        wrong = json.loads(json.dumps(right))
+        words = wrong[1]["completion"].split()
+        words[position] = "w40" if words[position] != "w40" else "w41"
+        wrong[1]["completion"] = " " + " ".join(words)
+        scores = answer_scores(model, WORDS, dataset(tmp_path, wrong), max_new_tokens=0, progress=False)
+        assert scores["fact_accuracy"] == pytest.approx(2 / 3), position
+
+
+@torch.no_grad()
+def test_rouge_by_hand(tmp_path, monkeypatch):
+    model = tiny.model("olmoe", len(WORDS))
+    (record,) = with_answers(model, [{"prompt": "w1 w2 w3"}], length=4)
+    said = record["completion"].split()
+    assert len(said) == 4
+    record["completion"] = f" {said[0]} w45 {said[1]} {said[2]} w46 w47"  # 3 of 6 words in order, 4 are generated
+    scores = answer_scores(model, WORDS, dataset(tmp_path, [record]), max_new_tokens=4, progress=False)
+    assert scores == {
+        "answers": 1,
+        "fact_accuracy": 0.0,
+        "generated": 1,
+        "rouge_l_recall": pytest.approx(3 / 6),
+        "rouge_l_f1": pytest.approx(2 * 3 / (6 + 4)),
+    }
+
+
+@torch.no_grad()
+def test_generation_is_greedy_whatever_the_checkpoint_configures_and_padding_does_not_matter(family, tmp_path):
+    model = tiny.model(family, len(WORDS))
+    unspoken = [i for word, i in WORDS.get_vocab().items() if word not in tiny.WORDS[:50]]
+    model.get_output_embeddings().weight[unspoken] = 0  # special tokens and punctuation are no words for ROUGE
+    prompts = [{"prompt": text} for text in ("w1", "the capital of w5 is", "w6 w7 w8 w9 w10 w11 w12")]
+    data = dataset(tmp_path, with_answers(model, prompts, length=5))
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    before = model.generation_config
+    together = answer_scores(model, WORDS, data, max_new_tokens=5, progress=False)
+    assert together["rouge_l_recall"] == 1.0
+    assert together == answer_scores(model, WORDS, data, batch_size=1, max_new_tokens=5, progress=False)
+    assert model.generation_config is before
+    limited = answer_scores(model, WORDS, data, max_new_tokens=5, max_generations=2, progress=False)
+    assert (limited["answers"], limited["generated"]) == (3, 2)
+
+
+@torch.no_grad()
+def test_only_the_last_answer_of_a_chat_is_asked_for(tmp_path):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer = tiny.tokenizer(chat_template=template)
+    model = tiny.model("mixtral", len(tokenizer))
+    start = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4")]
+    ids = tokenizer("w1 w2 w3 w4", add_special_tokens=False).input_ids
+    last = tokenizer.decode([int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())])
+    messages = [{"role": role, "content": content} for role, content in [*start, ("assistant", last)]]
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": messages}]))
+    data = load_tokens(tmp_path / "chat.json", tokenizer, progress=False)
+    assert data[0]["labels"].count(-100) == 3
+    assert answer_scores(model, tokenizer, data, max_new_tokens=0, progress=False)["fact_accuracy"] == 1.0
+
+
+def test_plain_texts_have_no_answers(texts):
+    assert answer_scores(tiny.model("mixtral", len(WORDS)), WORDS, texts, progress=False) == {}
+
+
+# routing
+
+
+@torch.no_grad()
+def test_routing_shift_against_brute_force(family, texts, questions):
+    before, after = (tiny.model(family, len(WORDS), seed=seed) for seed in (0, 1))
+    measures = evaluate_model(
+        after, WORDS, questions, texts, base=before, batch_size=2, max_new_tokens=0, progress=False
+    )
+    experts = range(tiny.NUM_EXPERTS)
+    for name, data in (("forget", questions), ("retain", texts)):
+        chosen = []
+        for model in (before, after):
+            per_token = []
+            for row in data:
+                with RoutingRecorder(model, store_routes=True) as recorder:
+                    model(input_ids=torch.tensor([row["input_ids"]]))
+                bearing = [t for t, label in enumerate(row["labels"][1:]) if label != -100]
+                per_token += [[set(layer) for layer in recorder.routes[0, t].tolist()] for t in bearing]
+            chosen.append(per_token)
+        num_layers = len(chosen[0][0])
+        changed, variation = [], []
+        for layer in range(num_layers):
+            pairs = [(old[layer], new[layer]) for old, new in zip(*chosen, strict=True)]
+            changed.append(sum(len(new - old) for old, new in pairs) / (tiny.TOP_K * len(pairs)))
+            shares = [
+                [sum(e in token[layer] for token in tokens) / (tiny.TOP_K * len(tokens)) for e in experts]
+                for tokens in chosen
+            ]
+            variation.append(sum(abs(p - q) for p, q in zip(*shares, strict=True)) / 2)
+        shift = measures[name]["routing_shift"]
+        assert shift["tokens"] == len(chosen[0])
+        assert shift["changed_per_layer"] == pytest.approx(changed)
+        assert shift["total_variation_per_layer"] == pytest.approx(variation)
+        assert shift["changed"] == pytest.approx(sum(changed) / num_layers)
+        assert 0 < shift["total_variation"] < 1
+
+
+def test_the_same_model_does_not_shift_and_is_left_as_it_was(texts, questions):
+    model = tiny.model("deepseek_v3", len(WORDS)).train()
+    base = routes_of(model, {"forget": questions, "retain": texts}, routing_tokens=5, progress=False)
+    measures = evaluate_model(
+        model, WORDS, questions, texts, base=base, routing_tokens=5, max_new_tokens=2, progress=False
+    )
+    for name in ("forget", "retain"):
+        assert measures[name]["routing_shift"]["changed"] == 0
+        assert measures[name]["routing_shift"]["total_variation"] == 0
+        assert measures[name]["routing_shift"]["tokens"] == 5
+    assert model.training
+    assert fused_loss_of(model) is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_base_of_another_architecture(texts, questions):
+    other = tiny.model("qwen3_moe", len(WORDS), num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"base: its routing has the shape .* another architecture"):
+        evaluate_model(tiny.model("qwen3_moe", len(WORDS)), WORDS, questions, texts, base=other, progress=False)
+
+
+# the verb
+
+
+@pytest.fixture
+def options(tmp_path, checkpoint):
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
+    (tmp_path / "retain.json").write_text(json.dumps(TEXTS))
+    (tmp_path / "held out.txt").write_text("w30 w31 w32 w33")
+    return EvaluateOptions(
+        models=[str(checkpoint("qwen3_moe")), str(checkpoint("qwen3_moe", seed=1))],
+        forget=str(tmp_path / "forget.jsonl"),
+        retain=str(tmp_path / "retain.json"),
+        output=str(tmp_path / "run"),
+        others={"held out": str(tmp_path / "held out.txt")},
+        base=str(checkpoint("qwen3_moe")),
+        max_new_tokens=3,
+    )
+
+
+def test_main_writes_what_evaluate_model_returns(options, tmp_path, capsys, texts):
+    evaluate.main(options)
+    metrics = files.read_json(tmp_path / "run" / "metrics.json")
+    assert list(metrics["checkpoints"]) == options.models
+    first, second = metrics["checkpoints"].values()
+    assert list(first) == ["forget", "retain", "held out"]
+    assert first["forget"]["answers"] == 3
+    assert first["retain"]["routing_shift"]["changed"] == 0
+    assert second["retain"]["routing_shift"]["changed"] > 0
+    model = AutoModelForCausalLM.from_pretrained(options.models[1]).eval()
+    with torch.no_grad():
+        nll, tokens = plain_nll(model, dataset(tmp_path, TEXTS))
+    assert second["retain"] == {**second["retain"], "nll": pytest.approx(nll, rel=1e-5), "tokens": tokens, "rows": 4}
+    assert metrics["choices"]["options"]["max_length"] == 512
+    assert set(metrics["choices"]["fingerprints"]) == {"forget", "retain", "held out"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.json"]
+    printed = capsys.readouterr().out
+    assert f"{second['forget']['nll']:.3f}" in printed
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"models": []}, "models: got none"),
+        ({"models": ["a", "a"]}, "models: got a, a; each may be named once"),
+        ({"models": ["no/such/folder"]}, "no/such/folder: no such folder"),
+        ({"batch_size": 0}, "batch_size: got 0; an integer of at least 1"),
+        ({"max_generations": 0}, "max_generations: got 0"),
+        ({"forget": "absent.jsonl"}, r"absent\.jsonl: no such file"),
+        ({"others": {"retain": "retain.json"}}, "others: got the name 'retain', which is taken"),
+        ({"dtype": "int4"}, "dtype: got 'int4'"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(options, tmp_path, change, match, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in change.items():
+        setattr(options, name, value)
+    with pytest.raises(UserError, match=match):
+        evaluate.main(options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_that_need_files(options, tmp_path, checkpoint):
+    options.retain = options.forget
+    with pytest.raises(UserError, match="the forget set equals the retain set"):
+        evaluate.main(options)
+    options.base = str(checkpoint("llama"))
+    with pytest.raises(UserError, match=r"a dense model \(llama\)"):
+        evaluate.main(options)
+    other = tmp_path / "other"
+    tiny.model("qwen3_moe", 80).save_pretrained(other)
+    tiny.tokenizer(words=["a", "b"]).save_pretrained(other)
+    options.models[1], options.base = str(other), None
+    with pytest.raises(UserError, match=r"other: its tokenizer is not that of .*: NLLs cannot be compared"):
+        evaluate.main(options)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=r"metrics\.json: exists already"):
+        evaluate.main(options)
+    assert (tmp_path / "run" / "metrics.json").read_text() == "{}"
+
+
+def test_dense_models_can_be_measured_without_a_base(options, checkpoint, tmp_path):
+    options.models, options.base = [str(checkpoint("llama"))], None
+    evaluate.main(options)
+    (measures,) = files.read_json(tmp_path / "run" / "metrics.json")["checkpoints"].values()
+    assert "routing_shift" not in measures["forget"]
+    assert measures["forget"]["nll"] > 0
+
+
+def test_a_failure_while_writing_keeps_the_disk_clean(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_flush", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"metrics\.json: cannot write it: No space left on device"):
+        evaluate.main(options)
+    assert list((tmp_path / "run").iterdir()) == []
