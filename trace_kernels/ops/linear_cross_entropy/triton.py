@@ -179,7 +179,7 @@ def forward(
     dweight = torch.zeros(V if want_dweight else 0, H, dtype=torch.float32, device=hidden.device)
     dbias = logp.new_zeros(V if want_dweight else 0)
     chunks = Logits(hidden, V)
-    lanes, vector = tile(V, 8, WARPS)
+    lanes, vector = tile(V, 8, WARPS, vectors_per_thread=1)
     for rows in chunks.slices():
         z, dz = chunks.logits(rows), chunks.dz(rows)
         mm_float32(hidden[rows], weight.T, z)
@@ -220,7 +220,7 @@ def backward_weight(
     dweight = torch.zeros(V, H, dtype=torch.float32, device=hidden.device)
     dbias = factor.new_zeros(V)
     chunks = Logits(hidden, V)
-    lanes, vector = tile(V, 8, WARPS)
+    lanes, vector = tile(V, 8, WARPS, vectors_per_thread=1)
     for rows in chunks.slices():
         z, dz = chunks.logits(rows), chunks.dz(rows)
         mm_float32(hidden[rows], weight.T, z)
