@@ -44,7 +44,7 @@ def compile_launch(launch, capability):
         "module": launch.kernel.fn.__module__,
         "capability": capability,
         "types": {name: kind for name, kind in signature.items() if kind.startswith("*")},
-        "constants": {name: value for name, value in launch.constants.items()},
+        "constants": launch.constants,
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
         "local": numbers.get("LOCAL", 0),

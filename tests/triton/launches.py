@@ -28,7 +28,12 @@ def record_routing():
     for num_experts, k in ((8, 2), (60, 6), (512, 10), (1024, 64)):
         table = empty(num_experts)
         forward(
-            empty(T, k, dtype=torch.int64), empty(num_experts, dtype=torch.int64), None, table, flags["token_score"], None
+            empty(T, k, dtype=torch.int64),
+            empty(num_experts, dtype=torch.int64),
+            None,
+            table,
+            flags["token_score"],
+            None,
         )
     forward(empty(T, 8, dtype=torch.int64), empty(128, dtype=torch.int64), None, None, None, None)
     strided = empty(2 * T, 24, dtype=torch.int64)[::2, ::3]

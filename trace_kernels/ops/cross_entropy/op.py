@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses, validate
+from trace_kernels import losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.cross_entropy import reference
 
@@ -14,6 +14,7 @@ from trace_kernels.ops.cross_entropy import reference
 # strides; target, lse and grad_logp are contiguous.
 backends = OpBackends("cross_entropy")
 backends.register("reference", forward=reference.forward, backward=reference.backward)
+triton_backend.register(backends, __package__, "forward", "backward")
 
 
 def cross_entropy(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses, validate
+from trace_kernels import losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.linear_cross_entropy.log_prob import needs_gradient
 from trace_kernels.ops.linear_kl import reference
@@ -16,6 +16,7 @@ from trace_kernels.ops.linear_kl import reference
 # lse, ref_lse and row_grad are contiguous and of the compute dtype.
 backends = OpBackends("linear_kl")
 backends.register("reference", forward=reference.forward, backward_weight=reference.backward_weight)
+triton_backend.register(backends, __package__, "forward", "backward_weight")
 
 
 def linear_kl(
