@@ -1,0 +1,162 @@
+"""profile_routing against a plain loop over the documents, one at a time."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import tiny
+import torch
+
+from trace_unlearn.errors import UserError
+from trace_unlearn.profile import ProfileOptions, RoutingStatistics, _narrow, main, profile_routing
+from trace_unlearn.routing import RoutingRecorder
+
+VOCAB = 80
+
+
+def documents(count, seed, longest=12, mask_every=3):
+    """Random documents of 2 to `longest` tokens; in every third a prompt bears no loss."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(count):
+        length = int(torch.randint(2, longest + 1, (), generator=generator))
+        ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        labels = [-100, *ids[1:]]
+        if number % mask_every == 0:
+            labels[: length // 2 + 1] = [-100] * (length // 2 + 1)
+        rows.append({"input_ids": ids, "labels": labels, "prompt": "", "answer": ""})
+    return datasets.Dataset.from_list(rows)
+
+
+def one_by_one(model, dataset):
+    """Routes [n, L, k] of each document's loss-bearing tokens."""
+    out = []
+    for row in dataset:
+        with torch.no_grad(), RoutingRecorder(model, store_routes=True) as rec:
+            model(input_ids=torch.tensor([row["input_ids"]]))
+        bearing = [t for t in range(len(row["labels"]) - 1) if row["labels"][t + 1] != -100]
+        out.append(rec.routes[0][bearing])
+    return out
+
+
+def run(model, forget, retain, **options):
+    return profile_routing(model, forget, retain, pad_token_id=0, progress=False, **options)
+
+
+def test_against_one_document_at_a_time(family):
+    model = tiny.model(family, VOCAB)
+    forget, retain = documents(5, 1), documents(9, 2)
+    stats = run(model, forget, retain, batch_size=4)
+    expected = {"forget": one_by_one(model, forget), "retain": one_by_one(model, retain)}
+    for name, routes in expected.items():
+        counts = torch.stack([torch.bincount(layer.flatten(), minlength=8) for layer in torch.cat(routes).unbind(1)])
+        assert torch.equal(getattr(stats, f"{name}_counts"), counts)
+        assert getattr(stats, f"{name}_tokens") == sum(map(len, routes))
+    assert stats.retain_offsets.tolist() == [0, *torch.tensor([len(r) for r in expected["retain"]]).cumsum(0).tolist()]
+    assert stats.retain_routes.dtype == torch.uint8
+    assert torch.equal(stats.retain_routes.long(), torch.cat(expected["retain"]))
+    assert stats.top_k == tiny.TOP_K
+    torch.testing.assert_close(
+        stats.forget_frequency.sum(1), torch.full_like(stats.forget_frequency[:, 0], stats.top_k)
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_batch_size_and_mode_do_not_matter(batch_size):
+    model = tiny.model("qwen3_moe", VOCAB).train()
+    forget, retain = documents(5, 1), documents(9, 2)
+    stats, again = (run(model, forget, retain, batch_size=size) for size in (4, batch_size))
+    assert model.training
+    for name in ("forget_counts", "retain_counts", "retain_routes", "retain_offsets"):
+        assert torch.equal(getattr(stats, name), getattr(again, name))
+    assert stats.meta == again.meta
+
+
+def test_meta():
+    forget, retain = documents(5, 1), documents(9, 2)
+    meta = run(tiny.model("deepseek_v3", VOCAB), forget, retain).meta
+    assert meta["layers"] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    assert meta["layer_indices"] == [1, 2]
+    assert meta["forget_fingerprint"] != meta["retain_fingerprint"]
+    assert meta["num_experts"] == 8
+
+
+def test_save_and_load(tmp_path):
+    stats = run(tiny.model("mixtral", VOCAB), documents(5, 1), documents(9, 2))
+    stats.save(tmp_path / "profile")
+    again = RoutingStatistics.load(tmp_path / "profile")
+    assert again.meta == stats.meta
+    assert torch.equal(again.retain_routes, stats.retain_routes)
+    assert again.forget_tokens == stats.forget_tokens
+    with pytest.raises(UserError, match="exists"):
+        stats.save(tmp_path / "profile")
+
+
+def test_loading_something_else(tmp_path):
+    with pytest.raises(UserError, match=r"routing\.json"):
+        RoutingStatistics.load(tmp_path)
+    stats = run(tiny.model("mixtral", VOCAB), documents(5, 1), documents(9, 2))
+    stats.save(tmp_path / "a")
+    (tmp_path / "a" / "routing.json").write_text("{}")
+    with pytest.raises(UserError, match="not routing statistics"):
+        RoutingStatistics.load(tmp_path / "a")
+    stats.save(tmp_path / "b")
+    run(tiny.model("mixtral", VOCAB), documents(5, 1), documents(4, 3)).save(tmp_path / "c")
+    (tmp_path / "b" / "routing.json").write_bytes((tmp_path / "c" / "routing.json").read_bytes())
+    with pytest.raises(UserError, match="do not belong together"):
+        RoutingStatistics.load(tmp_path / "b")
+
+
+def test_mistakes_are_refused():
+    model = tiny.model("mixtral", VOCAB)
+    some, nothing = documents(5, 1), documents(5, 1, mask_every=1, longest=2)
+    with pytest.raises(UserError, match="no token bears loss"):
+        run(model, some, nothing)
+    with pytest.raises(UserError):
+        run(model, some, some)
+    with pytest.raises(UserError, match="batch_size"):
+        run(model, some, documents(5, 2), batch_size=0)
+    with pytest.raises(UserError, match="no MoE layer"):
+        run(tiny.model("llama", VOCAB), some, documents(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "empty", "expected"),
+    [(8, True, "uint8"), (256, False, "uint8"), (256, True, "uint16"), (300, False, "uint16")],
+)
+def test_narrow_keeps_what_it_must(num_experts, empty, expected):
+    import numpy as np
+
+    routes = np.array([[[0, num_experts - 1]]], dtype=np.uint16)
+    if empty:
+        routes[0, 0, 0] = 65535
+    narrowed = _narrow(routes, num_experts)
+    assert narrowed.dtype == expected
+    assert narrowed[0, 0, 1] == num_experts - 1
+    assert (narrowed[0, 0, 0] >= num_experts) == empty
+
+
+def test_the_verb(tmp_path, checkpoint):
+    (tmp_path / "forget.txt").write_text("the capital of w1 is w2 .\nthe owner of w3 is w4 .\n")
+    (tmp_path / "retain.txt").write_text("the color of w5 is w6 .\nwhat is w7 ? w8 w9 w10 .\n")
+    said = []
+    options = ProfileOptions(
+        model=str(checkpoint("mixtral")),
+        forget=str(tmp_path / "forget.txt"),
+        retain=str(tmp_path / "retain.txt"),
+        output=str(tmp_path / "profile"),
+        device="cpu",
+    )
+    main(options, said.append)
+    stats = RoutingStatistics.load(tmp_path / "profile")
+    assert stats.forget_counts.sum() == stats.forget_tokens * tiny.TOP_K * 2
+    assert str(stats.retain_tokens) in said[-1]
+    with pytest.raises(UserError, match="exists"):
+        main(options, said.append)
+    options.output, options.retain = str(tmp_path / "other"), options.forget
+    with pytest.raises(UserError):
+        main(options, said.append)
+    options.model, options.retain = str(checkpoint("llama")), str(tmp_path / "retain.txt")
+    with pytest.raises(UserError):
+        main(options, said.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forget.txt", "profile", "retain.txt"]
