@@ -11,6 +11,15 @@ from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob
 from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy
 from trace_kernels.ops.linear_kl.op import linear_kl
 from trace_kernels.ops.record_routing.op import record_routing_
+from trace_kernels.ops.router_topk.op import router_topk
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
-__all__ = ["BackendError", "cross_entropy", "linear_cross_entropy", "linear_kl", "linear_log_prob", "record_routing_"]
+__all__ = [
+    "BackendError",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_log_prob",
+    "record_routing_",
+    "router_topk",
+]

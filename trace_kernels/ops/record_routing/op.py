@@ -74,22 +74,23 @@ def check_recording(
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
     token_score: torch.Tensor | None,
+    of: str = "indices",
 ) -> None:
     """Checks of the arguments that every op which counts and scores shares."""
     if token_mask is not None:
         validate.check_dtype("token_mask", token_mask, (torch.bool,))
         validate.check_shape("token_mask", token_mask, (num_tokens,), "[T]")
-        validate.check_device("token_mask", token_mask, device, "indices")
+        validate.check_device("token_mask", token_mask, device, of)
     if (table is None) != (token_score is None):
         missing = "table" if table is None else "token_score"
         raise ValueError(f"{missing}: got None, allowed is a tensor: table and token_score go together")
     if table is not None and token_score is not None:
         validate.check_dtype("table", table, (torch.float32,))
         validate.check_shape("table", table, (num_experts,), "[E]")
-        validate.check_device("table", table, device, "indices")
+        validate.check_device("table", table, device, of)
         validate.check_dtype("token_score", token_score, (torch.float32,))
         validate.check_shape("token_score", token_score, (num_tokens,), "[T]")
-        validate.check_device("token_score", token_score, device, "indices")
+        validate.check_device("token_score", token_score, device, of)
 
 
 @torch.library.custom_op("trace_kernels::record_routing_", mutates_args=("counts", "token_score"))

@@ -1,0 +1,285 @@
+"""`router_topk`: from router logits to expert weights, indices, counts and token scores in one pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from trace_kernels import validate
+from trace_kernels.backends import OpBackends
+from trace_kernels.ops.record_routing.op import check_recording
+from trace_kernels.ops.router_topk import native, reference
+from trace_kernels.ops.router_topk.rule import GROUP_SCORES, SCORE_FUNCTIONS, Rule
+
+backends = OpBackends("router_topk")
+backends.register("reference", forward=reference.forward, backward=reference.backward)
+backends.register(
+    "cpu",
+    unavailable=native.cpu_unavailable,
+    refuse=native.refuse_cpu,
+    forward=native.forward_cpu,
+    backward=native.backward_cpu,
+)
+
+
+def router_topk(
+    logits: torch.Tensor,
+    k: int,
+    *,
+    score_function: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    eps: float = 0.0,
+    selection_bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    masked_group_value: float = 0.0,
+    token_mask: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    token_score: torch.Tensor | None = None,
+    weights_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Choose k experts for each token and weigh them; count the choices and score the tokens in the same pass.
+
+    .. math::
+        s_t = \text{score\_function}(z_t), \qquad
+        I_t = \operatorname{topk}_e(s_{te} + b_e), \qquad
+        w_{tj} = \text{scale} \cdot \frac{s_{t, I_{tj}}}{\sum_i s_{t, I_{ti}} + \text{eps}}
+
+    With `num_groups` > 1, the experts are split into groups of E / num_groups neighbours; the `topk_groups` groups
+    with the best group score are kept, and in the others s + b is replaced by `masked_group_value` before the
+    choice. Without bias and groups the choice is by the logits themselves, which orders as every score function does
+    and has no rounding. Groups and experts that tie: the lowest index first; a NaN counts as the largest. A row with
+    a NaN gets valid, distinct indices and, where the NaN reaches the scores, NaN weights.
+
+    All arithmetic is in float32 (float64 for float64 logits). The gradient is kept as [T, k] scores; only a softmax
+    that is not renormalised, or with `eps`, keeps the logits too. Source: the routers of Mixtral, Qwen3-MoE, OLMoE
+    (softmax), DeepSeek-V2 (softmax, groups by max, 0.0), DeepSeek-V3 (sigmoid, bias, groups by sum_top2, -inf,
+    eps 1e-20), DeepSeek-V4 (sqrtsoftplus) and gpt-oss (softmax_topk).
+
+    Args:
+        logits: [T, E] floating, any strides.
+        k: experts for each token, in [1, E].
+        score_function: "softmax" over all experts, "sigmoid", "sqrtsoftplus" (the square root of log(1 + e^z)), or
+            "softmax_topk": choose by the logits, then softmax over the k chosen.
+        renormalize: divide the k scores by their sum plus `eps`.
+        scale: finite; multiplies the weights.
+        eps: finite, at least 0; used when renormalising.
+        selection_bias: [E] floating, added to the scores for the choice only: weights and gradients do not see it.
+        num_groups: a divisor of E.
+        topk_groups: groups to keep, in [1, num_groups].
+        group_score: "max" of a group's s + b, or "sum_top2", the sum of its two largest.
+        masked_group_value: 0.0 or -inf.
+        token_mask: [T] bool, the tokens that count; all by default. It touches `counts` only.
+        counts: [E] int64, added to in place: how many counting tokens chose each expert.
+        table: [E] float32, finite; goes with `token_score`.
+        token_score: [T] float32, added to in place: token_score[t] += sum_j table[indices[t, j]].
+        weights_dtype: dtype of the weights; the dtype of `logits` by default.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        weights [T, k] and indices [T, k] int64, best first. The weights are differentiable once in `logits`; a
+        second-order gradient raises RuntimeError.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or value, or a non-finite table (on a GPU, values are
+            looked at only with TRACE_KERNELS_DEBUG=1); the message names the argument.
+        BackendError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, trace_kernels as tk
+        >>> counts = torch.zeros(4, dtype=torch.int64)
+        >>> logits = torch.tensor([[1.0, 3.0, 1.0, 3.0], [0.0, 0.0, 9.0, 0.0]])
+        >>> weights, indices = tk.router_topk(logits, 2, counts=counts)
+        >>> indices.tolist(), counts.tolist()
+        ([[1, 3], [2, 0]], [1, 1, 1, 1])
+        >>> weights[0].tolist()
+        [0.5, 0.5]
+    """
+    validate.check_dtype("logits", logits, validate.FLOAT_DTYPES)
+    validate.check_ndim("logits", logits, 2, "[T, E]")
+    num_tokens, num_experts = logits.shape
+    _check_integer("k", k, 1, num_experts, "E, the number of experts")
+    validate.check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    validate.check_choice("group_score", group_score, GROUP_SCORES)
+    validate.check_choice("masked_group_value", masked_group_value, (0.0, float("-inf")))
+    _check_number("scale", scale)
+    _check_number("eps", eps, at_least_0=True)
+    _check_integer("num_groups", num_groups, 1, num_experts, "E, the number of experts")
+    _check_integer("topk_groups", topk_groups, 1, num_groups, "num_groups")
+    if num_experts % num_groups != 0:
+        raise ValueError(f"num_groups: got {num_groups}, allowed is a divisor of the {num_experts} experts")
+    if group_score == "sum_top2" and num_groups > 1 and num_experts < 2 * num_groups:
+        raise ValueError(f"num_groups: got {num_groups}, allowed for 'sum_top2' are groups of 2 experts or more")
+    if selection_bias is not None:
+        validate.check_dtype("selection_bias", selection_bias, validate.FLOAT_DTYPES)
+        validate.check_shape("selection_bias", selection_bias, (num_experts,), "[E]")
+        validate.check_device("selection_bias", selection_bias, logits.device, "logits")
+        selection_bias = selection_bias.detach()
+    if counts is not None:
+        validate.check_dtype("counts", counts, (torch.int64,))
+        validate.check_shape("counts", counts, (num_experts,), "[E]")
+        validate.check_device("counts", counts, logits.device, "logits")
+    check_recording(num_tokens, num_experts, logits.device, token_mask, table, token_score, of="logits")
+    if weights_dtype is None:
+        weights_dtype = logits.dtype
+    validate.check_choice("weights_dtype", weights_dtype, validate.FLOAT_DTYPES)
+
+    keep = logits.requires_grad and torch.is_grad_enabled()
+    weights, indices, _, _, counted, score = _router_topk(
+        logits, selection_bias, token_mask, None if table is None else table.detach(), k, score_function,
+        bool(renormalize), float(scale), float(eps), num_groups, topk_groups, group_score, float(masked_group_value),
+        counts is not None, weights_dtype, keep, backend,
+    )  # fmt: skip
+    # Here and not in the op: an op that writes to its arguments has no autograd.
+    if counts is not None:
+        counts += counted
+    if token_score is not None:
+        token_score += score.detach()
+    return weights, indices
+
+
+def _check_integer(name: str, value: object, low: int, high: int, high_name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is an int")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, allowed is {low} to {high} ({high_name})")
+
+
+def _check_number(name: str, value: object, *, at_least_0: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is a number")
+    if not (0 if at_least_0 else -math.inf) <= value < math.inf or value == -math.inf:
+        raise ValueError(f"{name}: got {value}, allowed is a finite number{', 0 or larger' if at_least_0 else ''}")
+
+
+@torch.library.custom_op("trace_kernels::router_topk", mutates_args=())
+def _router_topk(
+    logits: torch.Tensor,
+    selection_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    k: int,
+    score_function: str,
+    renormalize: bool,
+    scale: float,
+    eps: float,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+    masked_group_value: float,
+    want_counts: bool,
+    weights_dtype: torch.dtype,
+    keep: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if table is not None and validate.check_values_on(table.device):
+        validate.check_finite("table", table)
+    rule = Rule(k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value)
+    args = (logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep)
+    outputs: reference.Outputs = backends.select(backend, logits.device, *args).forward(*args)
+    return outputs
+
+
+@_router_topk.register_fake
+def _(
+    logits: torch.Tensor,
+    selection_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    k: int,
+    score_function: str,
+    renormalize: bool,
+    scale: float,
+    eps: float,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+    masked_group_value: float,
+    want_counts: bool,
+    weights_dtype: torch.dtype,
+    keep: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    T, E = logits.shape
+    rule = Rule(k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value)
+    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty(T, k, dtype=weights_dtype),
+        logits.new_empty(T, k, dtype=torch.int64),
+        logits.new_empty(T if keep else 0, k, dtype=compute),
+        logits.new_empty(T if keep and rule.dense_gradient else 0, 2, dtype=compute),
+        logits.new_empty(E if want_counts else 0, dtype=torch.int64),
+        logits.new_empty(0 if table is None else T, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("trace_kernels::router_topk_backward", mutates_args=())
+def _router_topk_backward(
+    grad_weights: torch.Tensor,
+    logits: torch.Tensor | None,
+    indices: torch.Tensor,
+    chosen: torch.Tensor,
+    stats: torch.Tensor,
+    score_function: str,
+    renormalize: bool,
+    scale: float,
+    eps: float,
+    num_experts: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    rule = Rule(indices.shape[1], score_function, renormalize, scale, eps, 1, 1, "max", 0.0)
+    # What a backend refuses is decided by the logits' dtype, which the saved scores tell.
+    functions = backends.select(
+        backend, indices.device, chosen, rule, None, None, None, False, grad_weights.dtype, True
+    )
+    gradient: torch.Tensor = functions.backward(grad_weights, logits, indices, chosen, stats, rule, num_experts, dtype)
+    return gradient
+
+
+@_router_topk_backward.register_fake
+def _(
+    grad_weights: torch.Tensor,
+    logits: torch.Tensor | None,
+    indices: torch.Tensor,
+    chosen: torch.Tensor,
+    stats: torch.Tensor,
+    score_function: str,
+    renormalize: bool,
+    scale: float,
+    eps: float,
+    num_experts: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    return indices.new_empty(indices.shape[0], num_experts, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, _, _, _, k, score_function, renormalize, scale, eps = inputs[:9]
+    _, indices, chosen, stats, _, _ = output
+    ctx.rule = Rule(k, score_function, renormalize, scale, eps, 1, 1, "max", 0.0)
+    ctx.num_experts, ctx.dtype, ctx.backend = logits.shape[1], logits.dtype, inputs[-1]
+    ctx.save_for_backward(*((logits,) if ctx.rule.dense_gradient else ()), indices, chosen, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grad_weights is None:
+        return (None,) * 17
+    *logits, indices, chosen, stats = ctx.saved_tensors
+    rule = ctx.rule
+    gradient = _router_topk_backward(
+        grad_weights, logits[0] if logits else None, indices, chosen, stats, rule.score_function, rule.renormalize,
+        rule.scale, rule.eps, ctx.num_experts, ctx.dtype, ctx.backend,
+    )  # fmt: skip
+    return (gradient, *(None,) * 16)
+
+
+_router_topk.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,121 @@
+"""The definition of `router_topk`, in plain torch, with its gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from trace_kernels.ops.router_topk.rule import Rule
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def forward(
+    logits: torch.Tensor,
+    rule: Rule,
+    selection_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    want_counts: bool,
+    weights_dtype: torch.dtype,
+    keep: bool,
+) -> Outputs:
+    """Weights [T, k], indices [T, k], chosen [T, k], stats [T, 2], counts [E], score [T].
+
+    `chosen` are the scores of the chosen experts and `stats` the row's maximum m and sum of e^(z - m), a logsumexp in
+    two parts: what the gradient needs. Both are empty without `keep`; counts and score where not asked for.
+    """
+    num_experts = logits.shape[1]
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    stats = z.new_empty(0, 2)
+    if rule.score_function == "softmax":
+        top = z.amax(dim=1, keepdim=True)
+        stats = torch.cat([top, (z - top).exp().sum(dim=1, keepdim=True)], dim=1)
+        scores = softmax(z, stats)
+    elif rule.score_function == "sigmoid":
+        scores = torch.sigmoid(z)
+    elif rule.score_function == "sqrtsoftplus":
+        scores = (z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))).sqrt()
+    else:
+        scores = z
+    # A stable sort: NaN first, then the largest, among equals the lowest index.
+    ranking = _choice(z, scores, rule, selection_bias).sort(dim=1, descending=True, stable=True)
+    indices = ranking.indices[:, : rule.k].contiguous()
+    chosen = scores.gather(1, indices)
+    if rule.score_function == "softmax_topk":
+        chosen = chosen.softmax(dim=1)
+    weights = chosen / (chosen.sum(dim=1, keepdim=True) + rule.eps) if rule.renormalize else chosen
+    weights = (weights * rule.scale).to(weights_dtype)
+    if weights.data_ptr() == chosen.data_ptr():  # outputs of a custom op share no memory
+        weights = weights.clone()
+
+    counted = torch.ones_like(indices) if token_mask is None else token_mask.long()[:, None].expand_as(indices)
+    counts = torch.zeros(num_experts if want_counts else 0, dtype=torch.int64, device=z.device)
+    if want_counts:
+        counts.index_add_(0, indices.flatten(), counted.flatten())
+    score = torch.empty(0, device=z.device) if table is None else table[indices].sum(dim=1)
+    if not keep:
+        chosen = chosen[:0].clone()
+    if not (keep and rule.dense_gradient):
+        stats = stats[:0].clone()
+    return weights, indices, chosen, stats, counts, score
+
+
+def softmax(z: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    return (z - stats[:, :1]).exp() / stats[:, 1:]
+
+
+def _choice(z: torch.Tensor, scores: torch.Tensor, rule: Rule, selection_bias: torch.Tensor | None) -> torch.Tensor:
+    """What the experts are ranked by, [T, E]."""
+    if selection_bias is None and rule.num_groups == 1:
+        return z  # every score function is increasing: where scores round to the same number, logits still differ
+    choice = scores if selection_bias is None else scores + selection_bias.to(scores.dtype)
+    if rule.num_groups == 1:
+        return choice
+    grouped = choice.view(choice.shape[0], rule.num_groups, choice.shape[1] // rule.num_groups)
+    group_scores = grouped.amax(dim=2) if rule.group_score == "max" else grouped.topk(2, dim=2).values.sum(dim=2)
+    ranking = group_scores.sort(dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, ranking[:, : rule.topk_groups], True)
+    return grouped.masked_fill(~kept[:, :, None], rule.masked_group_value).flatten(1)
+
+
+def backward(
+    grad_weights: torch.Tensor,
+    logits: torch.Tensor | None,
+    indices: torch.Tensor,
+    chosen: torch.Tensor,
+    stats: torch.Tensor,
+    rule: Rule,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the logits, [T, E] in `dtype`; `logits` are needed where `rule.dense_gradient`.
+
+    With s the chosen scores, D = sum s + eps and g the upstream gradient:
+    d s_j = scale (g_j - sum_i g_i s_i / D) / D renormalised, else scale g_j.
+    """
+    g = grad_weights.to(chosen.dtype)
+    weighted = (g * chosen).sum(dim=1, keepdim=True)
+    if rule.renormalize:
+        denominator = chosen.sum(dim=1, keepdim=True) + rule.eps
+        d_scores = rule.scale * (g - weighted / denominator) / denominator
+        # sum_j s_j d s_j without the cancellation
+        along = rule.scale * weighted / denominator * (rule.eps / denominator)
+    else:
+        d_scores = rule.scale * g
+        along = rule.scale * weighted
+    if rule.score_function == "sigmoid":
+        d_chosen = d_scores * chosen * (1 - chosen)
+    elif rule.score_function == "sqrtsoftplus":
+        # s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s), which tends to 0 with s
+        slope = -torch.expm1(-chosen * chosen) / (2 * chosen)
+        d_chosen = d_scores * torch.where(chosen == 0, 0, slope)
+    elif rule.score_function == "softmax_topk":
+        d_chosen = chosen * (d_scores - along)
+    else:
+        d_chosen = chosen * d_scores
+    if rule.dense_gradient:
+        assert logits is not None
+        d_logits = -softmax(logits.to(chosen.dtype), stats) * along
+    else:
+        d_logits = chosen.new_zeros(indices.shape[0], num_experts)
+    return d_logits.scatter_add_(1, indices, d_chosen).to(dtype)

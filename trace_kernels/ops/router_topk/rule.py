@@ -1,0 +1,32 @@
+"""How a router turns logits into weights: the constants of a call, as every backend gets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
+GROUP_SCORES = ("max", "sum_top2")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The arguments of `router_topk` of the same names."""
+
+    k: int
+    score_function: str
+    renormalize: bool
+    scale: float
+    eps: float
+    num_groups: int
+    topk_groups: int
+    group_score: str
+    masked_group_value: float
+
+    @property
+    def dense_gradient(self) -> bool:
+        """Whether experts that were not chosen get a gradient.
+
+        They do not where the chosen scores decide the weights alone: element-wise scores, and a softmax whose
+        denominator the renormalisation cancels.
+        """
+        return self.score_function == "softmax" and (not self.renormalize or self.eps != 0.0)
