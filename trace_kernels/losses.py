@@ -39,10 +39,11 @@ def check_number(name: str, value: object, allowed: str) -> None:
 def check_logits(softcap: float | None, logit_scale: float) -> None:
     if softcap is not None:
         check_number("softcap", softcap, "None or a finite number above 0")
-        if not (math.isfinite(softcap) and softcap > 0):
+        if not 0 < softcap < math.inf:
             raise ValueError(f"softcap: got {softcap}, allowed is None or a finite number above 0")
     check_number("logit_scale", logit_scale, "a finite number")
-    if not math.isfinite(logit_scale):
+    # Comparisons, because math.isfinite takes no symbolic number of torch.compile.
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: got {logit_scale}, allowed is a finite number")
 
 

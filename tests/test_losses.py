@@ -1,0 +1,381 @@
+"""Laws of the loss ops: gradients, weights, rows that do not count, and what is and is not computed."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import trace_kernels as tk
+
+T, H, V = 7, 6, 11
+
+
+def inputs(dtype=torch.float64, seed=0, t=T):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(t, H, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    target = torch.randint(V, (t,), generator=g)
+    target[1::3] = -100
+    token_weight = torch.randn(t, generator=g, dtype=torch.float64)
+    token_weight[2] = 0
+    return hidden, weight, target, token_weight
+
+
+def linear_ce(hidden, weight, target, token_weight=None, **options):
+    return tk.linear_cross_entropy(hidden, weight, target, token_weight, **options)
+
+
+def ce(hidden, weight, target, token_weight=None, **options):
+    return tk.cross_entropy(F.linear(hidden, weight), target, token_weight, **options)
+
+
+def kl(hidden, weight, target, token_weight=None, **options):
+    g = torch.Generator().manual_seed(5)
+    ref_hidden = torch.randn(*hidden.shape[:-1], 4, generator=g).to(hidden.dtype)
+    ref_weight = torch.randn(V, 4, generator=g).to(hidden.dtype)
+    return tk.linear_kl(hidden, weight, ref_hidden, ref_weight, token_weight, mask=target != -100, **options)
+
+
+LOSSES = pytest.mark.parametrize("loss", [linear_ce, ce, kl])
+REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+TRANSFORMS = pytest.mark.parametrize("transform", [{}, {"softcap": 2.0, "logit_scale": -0.7}], ids=["plain", "softcap"])
+
+
+@LOSSES
+@REDUCTIONS
+@TRANSFORMS
+@pytest.mark.parametrize("weights", ["none", "known", "need_gradient"])
+def test_gradcheck(loss, reduction, transform, weights):
+    hidden, weight, target, token_weight = inputs()
+    options = {"reduction": reduction, **transform}
+    if weights == "need_gradient":
+        arguments = (hidden, weight, token_weight.requires_grad_())
+        assert torch.autograd.gradcheck(lambda h, w, tw: loss(h, w, target, tw, **options), arguments)
+    else:
+        token_weight = None if weights == "none" else token_weight
+        assert torch.autograd.gradcheck(lambda h, w: loss(h, w, target, token_weight, **options), (hidden, weight))
+
+
+@REDUCTIONS
+@TRANSFORMS
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",), ("hidden", "weight")])
+def test_gradcheck_with_bias(reduction, transform, frozen):
+    hidden, weight, target, token_weight = inputs()
+    hidden.requires_grad_("hidden" not in frozen)
+    weight.requires_grad_("weight" not in frozen)
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+
+    def loss(h, w, b):
+        return tk.linear_cross_entropy(h, w, target, token_weight, bias=b, reduction=reduction, **transform)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@TRANSFORMS
+def test_gradcheck_log_prob(transform):
+    hidden, weight, target, _ = inputs()
+    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: tk.linear_log_prob(h, w, target, bias=b, **transform), (hidden, weight, bias)
+    )
+
+
+def test_token_weight_gradient_is_the_tokens_loss():
+    hidden, weight, target, token_weight = inputs()
+    nll = tk.linear_cross_entropy(hidden, weight, target, reduction="none").detach()
+    assert (nll[target == -100] == 0).all()
+    for reduction in ("sum", "none"):
+        tw = token_weight.clone().requires_grad_()
+        tk.linear_cross_entropy(hidden, weight, target, tw, reduction=reduction).sum().backward()
+        # Also where the weight is 0: the token's loss is known, so that the weight can move away from 0.
+        torch.testing.assert_close(tw.grad, nll)
+    tw = token_weight.clone().requires_grad_()
+    mean = tk.linear_cross_entropy(hidden, weight, target, tw)
+    mean.backward()
+    counted = target != -100
+    torch.testing.assert_close(tw.grad, counted * (nll - mean.detach()) / token_weight[counted].sum())
+    tw.grad = None
+    tk.linear_cross_entropy(hidden, weight, target, tw, normalizer=4).backward()
+    torch.testing.assert_close(tw.grad, nll / 4)
+
+
+@LOSSES
+def test_zero_denominator_gives_zero(loss):
+    hidden, weight, target, _ = inputs()
+    one = torch.ones(T, dtype=torch.float64)
+    cancel = one.clone()
+    cancel[target != -100] = torch.tensor([1.0, -1.0, 2.0, 0.0, -2.0], dtype=torch.float64)
+    ignored = torch.full_like(target, -100)
+    for arguments, options in (
+        ((ignored,), {}),
+        ((ignored, one), {}),
+        ((ignored, one.clone().requires_grad_()), {}),
+        ((ignored,), {"normalizer": 3.0}),
+        ((target, cancel), {}),
+        ((target, cancel.clone().requires_grad_()), {}),
+        ((target, one), {"normalizer": 0}),
+        ((target, one), {"normalizer": torch.tensor(0)}),
+        ((target, one * 0), {}),
+    ):
+        result = loss(hidden, weight, *arguments, **options)
+        gradients = torch.autograd.grad(result, (hidden, weight))
+        assert result.item() == 0
+        assert all(not gradient.any() for gradient in gradients)
+
+
+@LOSSES
+@REDUCTIONS
+def test_weight_zero_beats_infinity(loss, reduction):
+    """A token of weight 0 contributes nothing whatever its row holds; the others are as if it were not there."""
+    hidden, weight, target, token_weight = inputs()
+    for poison in (math.nan, math.inf):
+        for needs_gradient in (False, True):
+            bad = hidden.detach().clone()
+            bad[2] = poison
+            bad.requires_grad_()
+            tw = token_weight.clone().requires_grad_(needs_gradient)
+            # cross_entropy's own gradient is asked for: the GEMM before it would multiply 0 by infinity.
+            if loss is ce:
+                wanted = F.linear(bad, weight).detach().requires_grad_()
+                result = tk.cross_entropy(wanted, target, tw, reduction=reduction).sum()
+                clean = ce(hidden, weight, target, token_weight, reduction=reduction).sum()
+                gradients = torch.autograd.grad(result, wanted)
+            else:
+                result = loss(bad, weight, target, tw, reduction=reduction).sum()
+                clean = loss(hidden, weight, target, token_weight, reduction=reduction).sum()
+                gradients = torch.autograd.grad(result, (bad, weight))
+                for got, expected in zip(gradients, torch.autograd.grad(clean, (hidden, weight)), strict=True):
+                    torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(result, clean)
+            assert all(torch.isfinite(gradient).all() for gradient in gradients)
+            assert not gradients[0][2].any()
+
+
+@LOSSES
+def test_ignored_rows_may_hold_anything(loss):
+    hidden, weight, target, token_weight = inputs()
+    bad = hidden.detach().clone()
+    bad[1] = math.nan
+    token_weight = token_weight.clone()
+    token_weight[1] = math.inf
+    if loss is ce:
+        logits = F.linear(bad, weight).detach().requires_grad_()
+        result = tk.cross_entropy(logits, target, token_weight)
+        assert torch.isfinite(torch.autograd.grad(result, logits)[0]).all()
+    else:
+        result = loss(bad.requires_grad_(), weight, target, token_weight)
+        assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(result, (bad, weight)))
+    torch.testing.assert_close(result, loss(hidden, weight, target, inputs()[3]))
+
+
+@LOSSES
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_bad_values_stay_in_their_row(loss, poison):
+    hidden, weight, target, _ = inputs()
+    bad = hidden.detach().clone()
+    bad[3, 0] = poison
+    bad.requires_grad_()
+    weight = weight.detach()
+    clean = loss(hidden, weight, target, reduction="none")
+    result = loss(bad, weight, target, reduction="none")
+    others = torch.arange(T) != 3
+    torch.testing.assert_close(result[others], clean[others], rtol=0, atol=0)
+    assert not torch.isfinite(result[3])
+    (gradient,) = torch.autograd.grad(result.sum(), bad)
+    (expected,) = torch.autograd.grad(clean.sum(), hidden)
+    torch.testing.assert_close(gradient[others], expected[others], rtol=0, atol=0)
+    assert torch.isnan(gradient[3]).any()
+
+
+@LOSSES
+@REDUCTIONS
+@pytest.mark.parametrize("frozen", [False, True])
+def test_backward_twice_gives_the_same(loss, reduction, frozen):
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    weight.requires_grad_(not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+    result = loss(hidden, weight, target, token_weight, reduction=reduction).sum()
+    first = torch.autograd.grad(result, leaves, retain_graph=True)
+    second = torch.autograd.grad(result, leaves)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@LOSSES
+@REDUCTIONS
+@pytest.mark.parametrize("leaf", [0, 1])
+def test_second_order_raises(loss, reduction, leaf):
+    arguments = inputs()
+    result = loss(*arguments[:3], reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(result, arguments[leaf], create_graph=True)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(loss(*arguments[:3], reduction=reduction).sum(), arguments[leaf])[0]
+    )
+    with pytest.raises(RuntimeError, match="second-order gradients"):
+        gradient.square().sum().backward()
+
+
+def test_second_order_raises_in_place_too():
+    logits = torch.randn(4, V, requires_grad=True)
+    loss = tk.cross_entropy(logits, torch.arange(4), inplace=True)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order gradients"):
+        gradient.square().sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """The calls of this package's ops, with the shapes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "trace_kernels":
+            outputs = result if isinstance(result, (tuple, list)) else [result]
+            self.calls.append((function._opname, [tuple(output.shape) for output in outputs if output is not None]))
+        return result
+
+    @property
+    def names(self):
+        return [name for name, _ in self.calls]
+
+    def shapes(self):
+        return [shape for _, shapes in self.calls for shape in shapes]
+
+
+def test_nothing_is_stashed_without_gradients():
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    calls = [
+        lambda: tk.linear_log_prob(hidden, weight, target),
+        *(
+            lambda loss=loss, r=r: loss(hidden, weight, target, token_weight, reduction=r)
+            for loss in (linear_ce, kl)
+            for r in ("mean", "none")
+        ),
+    ]
+    for call in calls:
+        with torch.no_grad(), Seen() as seen:
+            call()
+        assert seen.calls
+        assert all(math.prod(shape) <= T for shape in seen.shapes()), seen.calls
+
+
+@pytest.mark.parametrize("loss", [linear_ce, kl])
+@REDUCTIONS
+@pytest.mark.parametrize("weights_need_gradient", [False, True])
+def test_frozen_head_never_computes_its_gradient(loss, reduction, weights_need_gradient):
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    token_weight.requires_grad_(weights_need_gradient)
+    with Seen() as seen:
+        loss(hidden, weight.detach(), target, token_weight, reduction=reduction).sum().backward()
+    assert not any("backward_weight" in name for name in seen.names)
+    assert (V, H) not in seen.shapes()
+    assert (T, H) in seen.shapes()
+
+
+@pytest.mark.parametrize("loss", [linear_ce, kl])
+def test_known_weights_need_no_recomputation(loss):
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    with Seen() as seen:
+        loss(hidden, weight, target, token_weight).backward()
+    assert not any("backward_weight" in name for name in seen.names)
+    with Seen() as seen:
+        loss(hidden, weight, target, token_weight, reduction="none").sum().backward()
+    assert sum("backward_weight" in name for name in seen.names) == 1
+
+
+def test_tied_embeddings():
+    """The head's gradient and the embedding's add up."""
+    _, weight, target, token_weight = inputs()
+    tokens = torch.arange(T) % V
+    tk.linear_cross_entropy(F.embedding(tokens, weight), weight, target, token_weight).backward()
+    other = weight.detach().clone().requires_grad_()
+    nll = F.cross_entropy(F.embedding(tokens, other) @ other.T, target, reduction="none")
+    counted = token_weight * (target != -100)
+    ((nll * counted).sum() / counted.sum()).backward()
+    torch.testing.assert_close(weight.grad, other.grad)
+
+
+@LOSSES
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(loss, reentrant):
+    hidden, weight, target, token_weight = inputs()
+    plain = torch.autograd.grad(loss(hidden * 2, weight, target, token_weight), (hidden, weight))
+    result = checkpoint(lambda h: loss(h * 2, weight, target, token_weight), hidden, use_reentrant=reentrant)
+    result.backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), plain, rtol=0, atol=0)
+
+
+def test_in_place_gradient_overwrites_the_logits():
+    for shape in ((T, V), (3, T, V)):
+        logits = torch.randn(shape, requires_grad=True)
+        target = torch.randint(V, shape[:-1])
+        expected = torch.autograd.grad(tk.cross_entropy(logits, target), logits)[0]
+        copy = logits.clone()
+        result = tk.cross_entropy(copy, target, inplace=True)
+        result.backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, expected, rtol=0, atol=0)
+        assert torch.equal(copy.detach(), expected)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+        # Not asked for, not done.
+        before = logits.detach().clone()
+        tk.cross_entropy(logits, target).backward()
+        assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0], ids=["flat", "plain", "peaked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_log_prob_keeps_its_digits(spread, dtype):
+    g = torch.Generator().manual_seed(1)
+    hidden = (torch.randn(16, 128, generator=g) * spread).to(dtype)
+    weight = (torch.randn(20011, 128, generator=g) / 128**0.5).to(dtype)
+    target = torch.randint(20011, (16,), generator=g)
+    target[::2] = (hidden.double() @ weight.double().T).argmax(-1)[::2]
+    truth = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, target[:, None])[:, 0]
+    logp = tk.linear_log_prob(hidden, weight, target)
+    assert logp.dtype == torch.float32
+    assert (logp.double() - truth).abs().max() <= 1e-4
+    torch.testing.assert_close(tk.linear_cross_entropy(hidden, weight, target, reduction="none"), -logp)
+
+
+def test_kl_of_equal_models_is_zero_and_never_far_below():
+    hidden, weight, target, _ = inputs(torch.bfloat16)
+    hidden = hidden.detach().requires_grad_()
+    result = tk.linear_kl(hidden, weight, hidden, weight, reduction="none")
+    assert result.abs().max() < 1e-6
+    assert torch.autograd.grad(result.sum(), hidden)[0].abs().max() < 1e-2
+    assert kl(hidden, weight, target, reduction="none").min() >= 0
+
+
+def test_reference_of_kl_gets_no_gradient():
+    hidden, weight, _, _ = inputs()
+    ref_hidden, ref_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    tk.linear_kl(hidden * 2, weight, ref_hidden, ref_weight).backward()
+    assert ref_hidden.grad is None
+    assert ref_weight.grad is None
+    assert hidden.grad.any()
+
+
+def test_results_have_the_promised_dtypes():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        hidden, weight, target, _ = inputs(dtype)
+        bias = torch.zeros(V, dtype=dtype, requires_grad=True)
+        expected = torch.float64 if dtype == torch.float64 else torch.float32
+        for result in (
+            tk.linear_log_prob(hidden, weight, target, bias=bias),
+            tk.linear_cross_entropy(hidden, weight, target, bias=bias),
+            tk.linear_cross_entropy(hidden, weight, target, bias=bias, reduction="none"),
+            tk.cross_entropy(hidden, target % H),
+            kl(hidden, weight, target),
+        ):
+            assert result.dtype == expected
+        gradients = torch.autograd.grad(
+            tk.linear_log_prob(hidden, weight, target, bias=bias).sum(), (hidden, weight, bias)
+        )
+        assert all(gradient.dtype == dtype for gradient in gradients)
