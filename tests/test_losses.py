@@ -379,3 +379,51 @@ def test_results_have_the_promised_dtypes():
             tk.linear_log_prob(hidden, weight, target, bias=bias).sum(), (hidden, weight, bias)
         )
         assert all(gradient.dtype == dtype for gradient in gradients)
+
+
+def test_classes_that_are_ruled_out():
+    """A logit of -inf is a class of probability 0: no NaN in the loss or in a gradient of any other class."""
+    logits = torch.randn(3, V, dtype=torch.float64)
+    logits[:, 4] = -math.inf
+    target = torch.tensor([0, 1, 2])
+    leaf = logits.clone().requires_grad_()
+    loss = tk.cross_entropy(leaf, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+    assert torch.isfinite(torch.autograd.grad(loss, leaf)[0]).all()
+    # An identity head, so that the hidden states are the logits; finite, and 0 in float64 after exp.
+    logits[:, 4] = -1e5
+    eye, other = torch.eye(V, dtype=torch.float64), torch.randn(3, V, dtype=torch.float64)
+    both = other.clone()
+    both[:, 4] = -2e5
+    without = [i for i in range(V) if i != 4]
+    leaf = both.clone().requires_grad_()
+    kl = tk.linear_kl(leaf, eye, logits, eye)
+    small = torch.eye(V - 1, dtype=torch.float64)
+    torch.testing.assert_close(kl, tk.linear_kl(both[:, without], small, logits[:, without], small))
+    assert torch.isfinite(torch.autograd.grad(kl, leaf)[0]).all()
+    # Infinite for both: only a bias or a mask in the head makes that, here one of the head's rows.
+    head = eye.clone()
+    head[4] = -math.inf
+    positive = other.abs() + 1
+    kl = tk.linear_kl(positive, head, positive + 0.5, head)
+    torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [linear_ce, kl])
+def test_upstream_infinity_of_a_dropped_row_stays_out(loss):
+    hidden, weight, target, token_weight = inputs()
+    upstream = torch.ones(T, dtype=torch.float64)
+    upstream[2] = math.inf
+    result = loss(hidden, weight, target, token_weight, reduction="none")
+    gradients = torch.autograd.grad(result, (hidden, weight), upstream)
+    upstream[2] = 1
+    result = loss(hidden, weight, target, token_weight, reduction="none")
+    torch.testing.assert_close(gradients, torch.autograd.grad(result, (hidden, weight), upstream))
+
+
+def test_normalizer_is_a_constant():
+    hidden, weight, target, token_weight = inputs()
+    normalizer = torch.tensor(3.0, requires_grad=True)
+    loss = tk.linear_cross_entropy(hidden, weight, target, token_weight.requires_grad_(), normalizer=normalizer)
+    torch.testing.assert_close(loss * 3, tk.linear_cross_entropy(hidden, weight, target, token_weight, reduction="sum"))
+    assert torch.autograd.grad(loss, normalizer, allow_unused=True) == (None,)
