@@ -1,0 +1,125 @@
+"""Forget and retain documents in one stream of training positions.
+
+Position p of the stream is one forget document with its retain documents. Which ones follows from (seed, p) alone: no
+random state is kept, so a resumed run, any number of processes and any split into micro-batches see the same documents
+in the same optimisation step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from trace_unlearn.data import collate
+from trace_unlearn.errors import UserError
+
+_FORGET, _RETAIN = 0, 1  # the two streams draw different permutations from one seed
+_COLUMNS = ("input_ids", "labels", "token_weight")
+
+
+@functools.lru_cache(maxsize=8)
+def _order(size: int, seed: int, stream: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng([seed, stream, epoch]).permutation(size)
+
+
+class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Forget documents, each with `retain_per_forget` retain documents, addressed by their position in the stream.
+
+    Both sets are gone through in a new random order each time they are used up. An epoch is one pass over the forget
+    set, rounded up to whole optimisation steps of `step_size` positions: what fills the last step is the beginning of
+    the next order.
+
+    Args:
+        forget, retain: datasets with columns input_ids and labels, the retain one with token_weight if it is weighted.
+        retain_per_forget: retain documents a forget document, >= 1.
+        step_size: positions an optimisation step, over all processes and micro-batches.
+        seed: of both orders.
+    """
+
+    def __init__(
+        self,
+        forget: datasets.Dataset,
+        retain: datasets.Dataset,
+        *,
+        retain_per_forget: int = 1,
+        step_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        for name, dataset in (("forget", forget), ("retain", retain)):
+            if len(dataset) == 0:
+                raise UserError(f"{name}: got no document, allowed is at least one")
+        self.retain_per_forget, self.seed = retain_per_forget, seed
+        self._forget, self._retain = (
+            dataset.select_columns([column for column in dataset.column_names if column in _COLUMNS])
+            for dataset in (forget, retain)
+        )
+        self._length = math.ceil(len(forget) / step_size) * step_size
+
+    def __len__(self) -> int:
+        """Positions an epoch."""
+        return self._length
+
+    def forget_index(self, position: int) -> int:
+        """Which forget document is at this position."""
+        epoch, offset = divmod(position, len(self._forget))
+        return int(_order(len(self._forget), self.seed, _FORGET, epoch)[offset])
+
+    def retain_indices(self, position: int) -> list[int]:
+        """Which retain documents go with it."""
+        first = position * self.retain_per_forget
+        draws = (divmod(draw, len(self._retain)) for draw in range(first, first + self.retain_per_forget))
+        return [int(_order(len(self._retain), self.seed, _RETAIN, epoch)[offset]) for epoch, offset in draws]
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        index = self.forget_index(position)
+        return {
+            "forget": self._forget[index],
+            "forget_index": index,
+            "retain": [self._retain[i] for i in self.retain_indices(position)],
+        }
+
+
+class PositionSampler(torch.utils.data.Sampler[int]):
+    """The positions of an epoch in order; `set_epoch` goes on to the next ones."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.dataset, self.epoch = dataset, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * len(self.dataset)
+        return iter(range(start, start + len(self.dataset)))
+
+
+class PairCollator:
+    """Puts the documents of some positions into one right-padded batch, forget documents first.
+
+    Gives what `data.collate` gives, and forget_index [B] int64, which is -1 for retain documents. Rows that are plain
+    documents (from an evaluation set) are collated as they are.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "forget" not in rows[0]:
+            plain = collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows], self.pad_token_id)
+            return dict(plain)
+        forget = [row["forget"] for row in rows]
+        retain = [document for row in rows for document in row["retain"]]
+        if "token_weight" in retain[0]:
+            forget = [{**document, "token_weight": [0.0] * len(document["input_ids"])} for document in forget]
+        batch = dict(collate(forget + retain, self.pad_token_id))
+        batch["forget_index"] = torch.tensor([row["forget_index"] for row in rows] + [-1] * len(retain))
+        return batch

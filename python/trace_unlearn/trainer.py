@@ -1,0 +1,380 @@
+"""TraceTrainer: unlearning with a token-weighted retain loss, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from trace_unlearn import checkpoints
+from trace_unlearn.data import loss_bearing
+from trace_unlearn.errors import UserError
+from trace_unlearn.files import PathLike, staged_folder, write_json
+from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.live import LiveWeights
+from trace_unlearn.log_window import LogWindow
+from trace_unlearn.objectives import OBJECTIVES, ForgetBatch, weighted_nll
+from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
+from trace_unlearn.reference import Reference
+from trace_unlearn.weights import Calibration, attach_weights
+
+WEIGHTINGS = ("reference", "live", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceConfig:
+    """The knobs of the method: loss = gamma * forget loss + alpha * weighted retain loss.
+
+    Attributes:
+        objective: "grad_diff" (ascent on the forget tokens) or "npo".
+        gamma: weight of the forget loss.
+        alpha: weight of the retain loss.
+        beta: of NPO; smaller is closer to plain ascent.
+        weighting: "reference": each retain token has the weight that the original model's routing gave it, stored in
+            the dataset; "live": the routing of this very forward decides; "uniform": all tokens weigh the same.
+        retain_per_forget: retain documents a forget document.
+    """
+
+    objective: str = "grad_diff"
+    gamma: float = 1.0
+    alpha: float = 1.0
+    beta: float = 0.1
+    weighting: str = "reference"
+    retain_per_forget: int = 1
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"objective: got {self.objective!r}, allowed: {', '.join(OBJECTIVES)}")
+        if self.weighting not in WEIGHTINGS:
+            raise UserError(f"weighting: got {self.weighting!r}, allowed: {', '.join(WEIGHTINGS)}")
+        for name in ("gamma", "alpha"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise UserError(f"{name}: got {value}, allowed are finite numbers from 0")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise UserError(f"beta: got {self.beta}, allowed are finite numbers above 0")
+        if self.retain_per_forget < 1:
+            raise UserError(f"retain_per_forget: got {self.retain_per_forget}, allowed are integers from 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTotals:
+    """What the losses of one optimisation step divide by, summed over its micro-batches and all processes; 0-d each."""
+
+    forget_tokens: torch.Tensor
+    forget_documents: torch.Tensor
+    retain_tokens: torch.Tensor
+    retain_weight: torch.Tensor
+
+
+class TraceTrainer(Trainer):
+    r"""Makes a model forget one set of documents and keep another.
+
+    .. math:: L = \gamma\, L_\text{forget} + \alpha\, \frac{\sum_t w_t\,\text{nll}_t}{\sum_t w_t}
+
+    A transformers Trainer: what is ordinary (optimiser, schedule, precision, clipping, logging, saving, distribution)
+    is set in `args` as always. What differs:
+
+    - Batch sizes count forget documents; each brings `config.retain_per_forget` retain documents along. Both go through
+      the model in one forward, whose loss comes from hidden states without logits.
+    - The loss of a step is the same however the step is split into micro-batches and processes: what it divides by is
+      summed over the whole step. An epoch is one pass over the forget set.
+    - Which documents a step sees depends on `args.data_seed` (or `args.seed`) and its number only.
+    - `train(resume_from_checkpoint=True)` goes on from the last complete checkpoint, removes a half-written one, and
+      starts from the beginning when there is none.
+    - A router's auxiliary loss is off: with it, forgetting would also unbalance the experts.
+    - Logged: forget_loss and retain_loss (as in L), forget_nll and retain_nll (unweighted means a token), and the mean,
+      the maximum and the effective share (ESS) of the retain weights.
+
+    Args:
+        model: a causal LM with MoE layers (any causal LM for weighting="uniform"), or a peft model around one.
+        args: TrainingArguments.
+        config: TraceConfig.
+        forget, retain: tokenised datasets, see `data.load_tokens`. For weighting="reference" retain has the column
+            token_weight, or `calibration` is given.
+        calibration: the Calibration, needed for weighting="live".
+        processing_class: the tokenizer; saved with the checkpoints.
+        callbacks, optimizers: as in Trainer.
+
+    Raises:
+        UserError: options and data that do not fit each other; the message names them.
+
+    Example:
+        trainer = TraceTrainer(model, TrainingArguments("run", max_steps=100, learning_rate=1e-5),
+                               config=TraceConfig(objective="npo", alpha=8.0), forget=forget, retain=retain,
+                               calibration=Calibration.load("calibration"), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=True)
+    """
+
+    loss_is_scaled_for_ga = True  # by the totals of the whole step
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        config: TraceConfig | None = None,
+        forget: datasets.Dataset,
+        retain: datasets.Dataset,
+        calibration: Calibration | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **options: Any,
+    ) -> None:
+        self._run_folder = Path(str(args.output_dir))
+        self.trace_config = config = config or TraceConfig()
+        self.calibration = calibration
+        retain = _weighted(retain, config, calibration)
+        self._fused = fused_loss_of(model) or fuse_loss(model)
+        self._live = LiveWeights(model, calibration) if config.weighting == "live" and calibration else None
+        self._use_cache = getattr(model.config, "use_cache", True)  # which Trainer turns off
+        self._takes_router_logits = hasattr(model.config, "output_router_logits")
+        args.remove_unused_columns = False  # a row is a forget document with its retain documents
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # several GPUs: one process each (torchrun, accelerate launch), not nn.DataParallel
+        self.pairs = PairDataset(
+            forget,
+            retain,
+            retain_per_forget=config.retain_per_forget,
+            step_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        self._sampler = PositionSampler(self.pairs)
+        collator = PairCollator(_pad_token_id(processing_class, model))
+        self._reference = None
+        if OBJECTIVES[config.objective].needs_reference:
+            self._reference = Reference(forget, collator.pad_token_id, self._run_folder)
+        super().__init__(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=self.pairs,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), _Beginnings(self)],
+            **options,
+        )
+        self.model_accepts_loss_kwargs = True  # with what get_batch_samples returns: no division by the accumulation
+        self._log_window = LogWindow(args.device)
+        if args.gradient_checkpointing and not model.get_input_embeddings().weight.requires_grad:
+            # Else reentrant checkpointing sees no input that needs a gradient and silently trains nothing.
+            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        return self._sampler
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            with self.args.main_process_first(desc="looking for checkpoints"):
+                found = checkpoints.last_complete(self._run_folder, remove_partial=self.args.should_save)
+            resume_from_checkpoint = None if found is None else str(found)
+        if resume_from_checkpoint and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
+                self._load_from_checkpoint(resume_from_checkpoint)  # Trainer's loop would go one step too far
+                self.state = state
+                return TrainOutput(state.global_step, float("nan"), {})
+        with self._live or contextlib.nullcontext():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def begin_training(self) -> None:
+        """Called when the model is wrapped and a checkpoint, if any, is loaded."""
+        if self._reference is not None:
+            resumed = self.state.global_step > 0
+            self._reference.prepare(self.accelerator, self._log_probs, self.model_wrapped, resumed, self.args)
+
+    def begin_epoch(self) -> None:
+        self._sampler.set_epoch(int(self.state.epoch or 0))
+
+    def get_batch_samples(  # type: ignore[override]  # what comes second reaches compute_loss, and nothing else
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], StepTotals]:
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        for batch in batches:
+            bearing = loss_bearing(batch["labels"], batch["attention_mask"]).to(device)
+            is_forget = batch["forget_index"].to(device) >= 0
+            forget, retain = bearing[is_forget], bearing[~is_forget]
+            weight = _stored_weight(batch, bearing)[~is_forget].double()
+            totals += torch.stack([forget.sum(), forget.any(-1).sum(), retain.sum(), weight.sum()])
+        totals = self.accelerator.reduce(totals, "sum")
+        return batches, StepTotals(*totals.float().unbind())
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if not isinstance(num_items_in_batch, StepTotals):  # evaluation, on plain documents
+            outputs = model(**inputs, **self._router())
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        config, totals = self.trace_config, num_items_in_batch
+        bearing = loss_bearing(inputs["labels"], inputs["attention_mask"])
+        log_probs = self._log_probs(model, inputs)
+        is_forget = inputs["forget_index"] >= 0
+        forget = ForgetBatch(
+            log_probs=log_probs[is_forget],
+            mask=bearing[is_forget],
+            reference=None if self._reference is None else self._reference.of(inputs["forget_index"][is_forget]),
+            num_tokens=totals.forget_tokens,
+            num_documents=totals.forget_documents,
+        )
+        weight = self._retain_weight(inputs, bearing)[~is_forget]
+        # Live weights have mean 1 over the original model's retain tokens; their sum over the step is not known yet.
+        normalizer = totals.retain_tokens if config.weighting == "live" else totals.retain_weight
+        retain = log_probs[~is_forget]
+        forget_loss = OBJECTIVES[config.objective].forget_loss(forget, config.beta)
+        retain_loss = weighted_nll(retain, weight, normalizer)
+        self._log_window.add(
+            forget, forget_loss, retain, retain_loss, weight, bearing[~is_forget], totals.retain_tokens
+        )
+        # Gradients are averaged over the processes, while the shares of the loss are to be added up.
+        loss = (config.gamma * forget_loss + config.alpha * retain_loss) * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def _log_probs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[B, S] float32, from one forward of the wrapped model."""
+        with self._fused.log_probs():
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                labels=inputs["labels"],
+                use_cache=False,
+                **self._router(),
+            )
+        log_probs: torch.Tensor = outputs.loss
+        return log_probs
+
+    def _router(self) -> dict[str, bool]:
+        return {"output_router_logits": False} if self._takes_router_logits else {}
+
+    def _retain_weight(self, inputs: dict[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:
+        """[B, S] float32, 0 where no loss is borne; rows of forget documents do not matter."""
+        if self._live is not None:
+            return self._live.weights().to(bearing.device).where(bearing, 0.0)
+        return _stored_weight(inputs, bearing)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.is_in_train:
+            logs.update(self._log_window.close(self.accelerator))
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"training: the loss is {logs['loss']} at step {self.state.global_step}; lower the learning rate "
+                    "or gamma, or clip the gradient (max_grad_norm)"
+                )
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = self._run_folder / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            checkpoints.remove(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.mark_complete(folder)
+            checkpoints.rotate(folder.parent, limit, keep=self.state.best_model_checkpoint)
+
+    def save_unlearned(self, output: PathLike, facts: Mapping[str, Any] | None = None) -> None:
+        """Writes the final checkpoint in one step: model, tokenizer and trace.json (config, `facts`, log).
+
+        Adapters are merged into the model, so nothing can be trained afterwards. Call it on all processes.
+        """
+        state = None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            model: Any = self.accelerator.unwrap_model(self.model)
+            if hasattr(model, "merge_and_unload"):
+                model = model.merge_and_unload()
+            model.config.use_cache = self._use_cache
+            with staged_folder(output) as folder:
+                model.save_pretrained(folder, state_dict=state)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+                record = {**(facts or {}), "config": self.trace_config, "steps": self.state.global_step}
+                write_json(folder / "trace.json", {**record, "log": self.state.log_history})
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # save_pretrained splits stacked experts up by default, and Trainer, which reads a checkpoint back by the names
+        # in memory, would miss them with a mere warning.
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.__dict__["save_pretrained"]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if missing or load_result.unexpected_keys:
+            raise UserError(
+                f"{self.args.output_dir}: the checkpoint is not one of this model: it lacks {len(missing)} parameters "
+                f"{missing[:3]} and has {len(load_result.unexpected_keys)} others {load_result.unexpected_keys[:3]}"
+            )
+
+
+class _Beginnings(TrainerCallback):
+    def __init__(self, trainer: TraceTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.begin_training()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.begin_epoch()
+
+
+def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:
+    """[B, S] float32: the column token_weight, or 1, where loss is borne; else 0."""
+    weight = batch.get("token_weight")
+    return bearing.float() if weight is None else weight.to(bearing.device).where(bearing, 0.0)
+
+
+def _weighted(retain: datasets.Dataset, config: TraceConfig, calibration: Calibration | None) -> datasets.Dataset:
+    if config.weighting == "live" and calibration is None:
+        raise UserError("calibration: weighting 'live' needs one")
+    if config.weighting != "reference":
+        return retain.remove_columns("token_weight") if "token_weight" in retain.column_names else retain
+    if "token_weight" in retain.column_names:
+        return retain
+    if calibration is None:
+        raise UserError(
+            "calibration: weighting 'reference' needs one (or a retain set with the column token_weight, from "
+            "attach_weights); weighting 'uniform' needs none"
+        )
+    return attach_weights(retain, calibration)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
+    for holder in (tokenizer, model.config):
+        pad = getattr(holder, "pad_token_id", None)
+        if isinstance(pad, int) and pad >= 0:
+            return pad
+    return 0  # padded positions are masked and bear no loss

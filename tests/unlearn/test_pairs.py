@@ -1,0 +1,59 @@
+import datasets
+import pytest
+
+from trace_unlearn.errors import UserError
+from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
+
+
+def documents(count, weights=False):
+    rows = {"input_ids": [[i, 7, 8][: 2 + i % 2] for i in range(count)], "prompt": [""] * count}
+    rows["labels"] = rows["input_ids"]
+    if weights:
+        rows["token_weight"] = [[0.5] * len(ids) for ids in rows["input_ids"]]
+    return datasets.Dataset.from_dict(rows)
+
+
+def pairs(**options):
+    return PairDataset(documents(5), documents(7), **{"retain_per_forget": 2, "seed": 3, **options})
+
+
+def test_every_pass_holds_every_document_once_in_another_order():
+    dataset = pairs()
+    forget = [dataset.forget_index(p) for p in range(20)]
+    retain = [i for p in range(14) for i in dataset.retain_indices(p)]
+    passes = [forget[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(one) == list(range(5)) for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+    assert all(sorted(retain[i : i + 7]) == list(range(7)) for i in range(0, 28, 7))
+    assert retain[:7] != retain[7:14]
+
+
+def test_positions_depend_on_the_seed_alone():
+    assert [pairs()[p] for p in (11, 3, 11)] == [pairs(step_size=4)[p] for p in (11, 3, 11)]
+    assert [pairs().retain_indices(p) for p in range(9)] != [pairs(seed=4).retain_indices(p) for p in range(9)]
+
+
+def test_epochs_are_whole_steps_and_follow_each_other():
+    dataset = pairs(step_size=4)
+    sampler = PositionSampler(dataset)
+    assert len(dataset) == len(sampler) == 8
+    assert list(sampler) == list(range(8))
+    sampler.set_epoch(2)
+    assert list(sampler) == list(range(16, 24))
+
+
+def test_a_batch_is_forget_then_retain():
+    dataset = PairDataset(documents(5), documents(7, weights=True), retain_per_forget=2)
+    batch = PairCollator(pad_token_id=9)([dataset[0], dataset[1]])
+    assert batch["input_ids"].shape == (6, 3)
+    assert (batch["forget_index"] >= 0).tolist() == [True] * 2 + [False] * 4
+    order = [dataset.forget_index(0), dataset.forget_index(1), *dataset.retain_indices(0), *dataset.retain_indices(1)]
+    assert batch["input_ids"][:, 0].tolist() == order
+    assert batch["token_weight"][:2].eq(0).all()
+    assert batch["token_weight"][2:, :2].eq(0.5).all()
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "token_weight", "forget_index"}
+
+
+def test_empty_sets_are_refused():
+    with pytest.raises(UserError, match="retain: got no document"):
+        PairDataset(documents(2), documents(0))

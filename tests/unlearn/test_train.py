@@ -1,0 +1,266 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from trace_unlearn.calibrate import calibrate
+from trace_unlearn.data import load_tokens
+from trace_unlearn.errors import UserError
+from trace_unlearn.model import load_model, load_tokenizer
+from trace_unlearn.profile import profile_routing
+from trace_unlearn.train import TrainOptions, main
+
+
+def write_facts(path, count, seed):
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        words = " ".join(draw.choice(tiny.WORDS) for _ in range(draw.randint(4, 9)))
+        lines.append(json.dumps({"question": f"what is {words} ?", "answer": f"the {draw.choice(tiny.WORDS)} ."}))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, checkpoint):
+    """A checkpoint, both data files and a calibration for them."""
+    folder = tmp_path_factory.mktemp("train")
+    options = {
+        "model": str(checkpoint("qwen3_moe")),
+        "forget": write_facts(folder / "forget.jsonl", 12, 1),
+        "retain": write_facts(folder / "retain.jsonl", 30, 2),
+    }
+    tokenizer, model = load_tokenizer(options["model"]), load_model(options["model"], device="cpu")
+    data = [load_tokens(options[name], tokenizer, progress=False) for name in ("forget", "retain")]
+    stats = profile_routing(model, *data, pad_token_id=tokenizer.pad_token_id, progress=False)
+    calibrate(stats, experts_per_layer=2).save(folder / "calibration")
+    return {**options, "calibration": str(folder / "calibration")}
+
+
+def options(files, output, **changes):
+    given = {
+        **files,
+        "output": str(output),
+        "steps": 4,
+        "learning_rate": 1e-3,
+        "log_steps": 1,
+        "device": "cpu",
+        "retain_per_forget": 2,
+        "training": {"disable_tqdm": True},
+        **changes,
+    }
+    return TrainOptions(**given)
+
+
+def record(output):
+    return json.loads((Path(output) / "trace.json").read_text())
+
+
+def losses(output):
+    return [entry["loss"] for entry in record(output)["log"] if "loss" in entry]
+
+
+def weights(output):
+    return load_file(Path(output) / "model.safetensors")
+
+
+def assert_same_checkpoint(first, second):
+    expected, found = weights(first), weights(second)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("objective", ["grad_diff", "npo"])
+def test_writes_a_checkpoint_that_forgets(objective, files, tmp_path):
+    said = []
+    main(options(files, tmp_path / "out", objective=objective, steps=12, batch_size=6), said.append)
+    assert "forgets" in said[0]
+    log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
+    assert log[-1]["forget_nll"] > log[0]["forget_nll"] + 0.2
+    assert {"forget_loss", "retain_loss", "retain_nll", "weight_mean", "weight_max", "weight_ess"} <= log[0].keys()
+    assert not (tmp_path / "out.training").exists()
+    model, tokenizer = load_model(tmp_path / "out", device="cpu"), load_tokenizer(tmp_path / "out")
+    assert type(model).__name__ == "Qwen3MoeForCausalLM"
+    assert model.config.use_cache
+    configs = [json.loads((Path(folder) / "config.json").read_text()) for folder in (files["model"], tmp_path / "out")]
+    assert configs[0] == configs[1]
+    assert weights(tmp_path / "out").keys() == weights(files["model"]).keys()
+    ids = torch.tensor([tokenizer("the capital of w1 is w2 .")["input_ids"]])
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
+    facts = record(tmp_path / "out")
+    assert facts["method"] == "TRACE"
+    assert len(facts["calibration"]["sha256"]) == 64
+    assert facts["config"]["objective"] == objective
+    assert facts["options"]["retain"] == files["retain"]
+    assert {"torch", "transformers", "trace_kernels"} <= facts["versions"].keys()
+
+
+def test_weightings(files, tmp_path):
+    for weighting in ("uniform", "reference", "live"):
+        main(options(files, tmp_path / weighting, weighting=weighting, steps=1), lambda message: None)
+    first = {name: record(tmp_path / name)["log"][0] for name in ("uniform", "reference", "live")}
+    assert first["uniform"]["weight_ess"] == pytest.approx(1)
+    assert first["reference"]["weight_ess"] < 0.99
+    # At the first step the current routing is the original one.
+    assert first["live"]["weight_max"] == pytest.approx(first["reference"]["weight_max"], rel=1e-5)
+    assert first["live"]["weight_mean"] == pytest.approx(first["reference"]["weight_mean"], rel=1e-5)
+    assert record(tmp_path / "uniform")["method"] == "uniform retain weights"
+
+
+def test_lora_is_merged(files, tmp_path):
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 2, "lora_parameters": ["mlp.experts.down_proj"], "gradient_checkpointing": True}
+    main(options(files, tmp_path / "out", learning_rate=0.05, weighting="live", **changes), lambda message: None)
+    before, after = weights(files["model"]), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("self_attn" in name or "down_proj" in name for name in changed)
+
+
+def test_a_pattern_trains_only_what_it_names(files, tmp_path):
+    main(options(files, tmp_path / "out", trainable=[r"layers\.1\.mlp\.experts"]), lambda message: None)
+    before, after = weights(files["model"]), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("layers.1.mlp.experts" in name for name in changed)
+
+
+PROGRAM = """
+import json, sys
+from trace_unlearn.train import TrainOptions, main
+
+main(TrainOptions(**json.loads(sys.argv[1])))
+"""
+
+
+def start(given, *launcher):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, *(launcher or ("-c", PROGRAM)), json.dumps(vars(given))]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_when(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"objective": "npo"}, {"lora_rank": 2, "weighting": "live"}])
+def test_a_killed_run_goes_on(changes, files, tmp_path):
+    changes = {"steps": 30, "save_steps": 3, **changes}
+    whole = options(files, tmp_path / "whole", **changes)
+    assert start(whole).wait() == 0
+    killed = options(files, tmp_path / "killed", **changes)
+    work = tmp_path / "killed.training"
+    for step in (3, 9):  # as soon as the folder appears, so most likely in the middle of writing it
+        process = start(killed)
+        kill_when(process, (work / f"checkpoint-{step}").exists)
+        assert not (tmp_path / "killed").exists()
+    assert start(killed).wait() == 0
+    assert len(losses(tmp_path / "whole")) == 30
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
+    assert not work.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grad_diff", "npo"])
+def test_two_processes_are_the_same_run(objective, files, tmp_path):
+    changes = {"objective": objective, "training": {"optim": "sgd", "disable_tqdm": True}, "learning_rate": 0.05}
+    one = options(files, tmp_path / "one", batch_size=4, **changes)
+    two = options(files, tmp_path / "two", batch_size=1, accumulation=2, **changes)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    assert start(one).wait() == 0
+    launched = start(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
+    printed, _ = launched.communicate()
+    assert launched.returncode == 0, printed
+    names = (
+        "loss",
+        "forget_loss",
+        "forget_nll",
+        "retain_loss",
+        "retain_nll",
+        "weight_mean",
+        "weight_max",
+        "weight_ess",
+    )
+    logs = []
+    for folder in ("one", "two"):
+        entries = [entry for entry in record(tmp_path / folder)["log"] if "loss" in entry]
+        logs.append(torch.tensor([[entry[name] for name in names] for entry in entries]))
+    torch.testing.assert_close(*logs, rtol=2e-5, atol=2e-6)
+    expected = weights(tmp_path / "one")
+    for name, found in weights(tmp_path / "two").items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=2e-6)
+
+
+def test_a_run_that_lacks_only_its_result(files, tmp_path, monkeypatch):
+    main(options(files, tmp_path / "whole", save_steps=2), lambda message: None)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trace_unlearn.trainer.TraceTrainer.save_unlearned", fail)
+        with pytest.raises(KeyboardInterrupt):
+            main(options(files, tmp_path / "out", save_steps=2), lambda message: None)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="interrupted run with other alpha, seed; give the same again"):
+        main(options(files, tmp_path / "out", save_steps=2, alpha=2.0, seed=3), lambda message: None)
+    main(options(files, tmp_path / "out", save_steps=3, log_steps=5), lambda message: None)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_mistakes_are_told_before_the_model_is_loaded(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("trace_unlearn.train.load_model", None)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    other = write_facts(tmp_path / "other.jsonl", 9, 5)
+    for changes, message in (
+        ({"output": str(tmp_path / "there")}, "there: the folder exists"),
+        ({"calibration": None}, "calibration: got none, but weighting 'reference' needs"),
+        ({"calibration": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"model": str(tmp_path / "nowhere")}, "nowhere: no such folder"),
+        ({"forget": str(tmp_path / "nothing.jsonl")}, r"nothing\.jsonl"),
+        ({"retain": other}, "retain: the data is not what the calibration was made for"),
+        ({"forget": files["retain"]}, "the forget set equals the retain set"),
+        ({"objective": "dpo"}, "objective: got 'dpo'"),
+        ({"trainable": ["("]}, "not a regular expression"),
+        ({"trainable": ["mlp"], "lora_rank": 4}, "trainable and lora_rank: got both"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+        ({"schedule": "steep"}, "steep"),
+        ({"device": "tpu"}, "device: got 'tpu'"),
+        ({"training": {"learning_rat": 1}}, "'learning_rat' is no field"),
+        ({"training": {"seed": 1}}, "'seed' is set by an option of its own"),
+        ({"training": {"optim": "adamw_fantasy"}}, "adamw_fantasy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(options(files, tmp_path / "out", **changes) if "output" not in changes else options(files, **changes))
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.training").exists()
+
+
+def test_a_pattern_without_a_match_leaves_nothing_behind(files, tmp_path):
+    with pytest.raises(UserError, match="found in no parameter's name"):
+        main(options(files, tmp_path / "out", trainable=["mlp.down_proj.weight"]), lambda message: None)
+    assert not (tmp_path / "out").exists()

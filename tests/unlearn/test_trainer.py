@@ -1,0 +1,310 @@
+import datasets
+import pytest
+import tiny
+import torch
+from transformers import TrainingArguments
+
+from trace_unlearn import checkpoints
+from trace_unlearn.errors import UserError
+from trace_unlearn.trainable import LoraOptions, add_lora, train_only
+from trace_unlearn.trainer import TraceConfig, TraceTrainer
+
+V = 60
+
+
+def documents(count, seed, weighted=False):
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        length = 6 + (5 * i + seed) % 7
+        ids = torch.randint(3, V, (length,), generator=generator).tolist()
+        masked = i % 3
+        row = {"input_ids": ids, "labels": [-100] * masked + ids[masked:], "prompt": "", "answer": ""}
+        if weighted:
+            bearing = [float(label != -100) for label in row["labels"][1:]] + [0.0]
+            row["token_weight"] = [w * 0.25 * (1 + (i + t) % 9) for t, w in enumerate(bearing)]
+        rows.append(row)
+    return datasets.Dataset.from_list(rows)
+
+
+def trainer(folder, model=None, config=None, forget=None, retain=None, calibration=None, **arguments):
+    options = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        **arguments,
+    }
+    return TraceTrainer(
+        model or tiny.model("qwen3_moe", V),
+        TrainingArguments(str(folder), **options),
+        config=config or TraceConfig(retain_per_forget=2),
+        forget=forget or documents(10, 1),
+        retain=retain or documents(14, 2, weighted=True),
+        calibration=calibration,
+    )
+
+
+def history(trained, *names):
+    names = names or ("loss", "forget_loss", "forget_nll", "retain_loss", "retain_nll", "weight_mean", "weight_ess")
+    return torch.tensor([[entry[name] for name in names] for entry in trained.state.log_history if "loss" in entry])
+
+
+def parameters(trained):
+    return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_run(first, second, rtol=2e-5, atol=2e-6):
+    torch.testing.assert_close(history(second), history(first), rtol=rtol, atol=atol)
+    expected = parameters(first)
+    for name, found in parameters(second).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_first_loss_is_its_formula(tmp_path):
+    model = tiny.model("qwen3_moe", V)
+    forget, retain = documents(10, 1), documents(14, 2, weighted=True)
+    config = TraceConfig(gamma=0.7, alpha=1.3, retain_per_forget=2)
+    trained = trainer(tmp_path, model, config, forget, retain, max_steps=1)
+    nll = {"forget": [], "retain": []}
+    weights = []
+    for position in range(4):
+        rows = [("forget", forget[trained.pairs.forget_index(position)])]
+        rows += [("retain", retain[i]) for i in trained.pairs.retain_indices(position)]
+        for kind, row in rows:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            for t, label in enumerate(row["labels"][1:]):
+                if label != -100:
+                    nll[kind].append(-logits[t].log_softmax(-1)[label].item())
+                    if kind == "retain":
+                        weights.append(row["token_weight"][t])
+    trained.train()
+    names = ("loss", "forget_loss", "retain_loss", "retain_nll")
+    found = dict(zip(names, history(trained, *names)[0].tolist(), strict=True))
+    forget_loss = -sum(nll["forget"]) / len(nll["forget"])
+    retain_loss = sum(w * n for w, n in zip(weights, nll["retain"], strict=True)) / sum(weights)
+    assert found["forget_loss"] == pytest.approx(forget_loss, rel=1e-4)
+    assert found["retain_loss"] == pytest.approx(retain_loss, rel=1e-4)
+    assert found["retain_nll"] == pytest.approx(sum(nll["retain"]) / len(weights), rel=1e-4)
+    assert found["loss"] == pytest.approx(0.7 * forget_loss + 1.3 * retain_loss, rel=1e-4)
+    logged = trained.state.log_history[0]
+    assert logged["weight_max"] == pytest.approx(max(weights))
+    assert logged["weight_mean"] == pytest.approx(sum(weights) / len(weights))
+    ess = sum(weights) ** 2 / len(weights) / sum(w * w for w in weights)
+    assert logged["weight_ess"] == pytest.approx(ess)
+
+
+@pytest.mark.parametrize("objective", ["grad_diff", "npo"])
+def test_training_forgets_and_retains(objective, tmp_path):
+    trained = trainer(
+        tmp_path, config=TraceConfig(objective=objective), max_steps=40, optim="adamw_torch", learning_rate=2e-3
+    )
+    trained.train()
+    nll = history(trained, "forget_nll", "retain_nll")
+    assert nll[-5:, 0].mean() > nll[0, 0] + 0.5
+    assert nll[-5:, 1].mean() < nll[0, 1]
+
+
+def test_npo_starts_at_its_value_for_the_original_model(tmp_path):
+    trained = trainer(tmp_path, config=TraceConfig(objective="npo", beta=0.2), max_steps=3)
+    trained.train()
+    losses = history(trained, "forget_loss")[:, 0]
+    assert losses[0].item() == pytest.approx(2 / 0.2 * 0.6931472, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("objective", ["grad_diff", "npo"])
+@pytest.mark.parametrize("size, accumulation", [(4, 2), (1, 8)])
+def test_any_split_into_micro_batches_is_the_same_run(objective, size, accumulation, tmp_path):
+    config = TraceConfig(objective=objective, retain_per_forget=2)
+    options = {"config": config, "max_steps": 3}  # over the end of an epoch
+    whole = trainer(tmp_path / "whole", per_device_train_batch_size=8, **options)
+    split = trainer(
+        tmp_path / "split", per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **options
+    )
+    whole.train()
+    split.train()
+    assert len(history(split)) == 3
+    assert_same_run(whole, split)
+
+
+@pytest.mark.parametrize("objective", ["grad_diff", "npo"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_the_same_run(objective, reentrant, tmp_path):
+    config = TraceConfig(objective=objective)
+    plain = trainer(tmp_path / "plain", config=config)
+    checkpointed = trainer(
+        tmp_path / "checkpointed",
+        config=config,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    plain.train()
+    checkpointed.train()
+    assert checkpointed.model.is_gradient_checkpointing
+    assert_same_run(plain, checkpointed)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_lora_trains(reentrant, tmp_path):
+    pytest.importorskip("peft")
+    arguments = {}
+    if reentrant is not None:
+        arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    options = LoraOptions(rank=2, parameters=("mlp.experts.down_proj",))
+    torch.manual_seed(0)
+    adapted = add_lora(tiny.model("qwen3_moe", V), options)
+    trained = trainer(tmp_path, adapted, TraceConfig(objective="npo"), max_steps=3, learning_rate=0.5, **arguments)
+    before, frozen = parameters(trained), trained.model.get_base_model().lm_head.weight.clone()
+    assert all("lora_" in name for name in before)
+    trained.train()
+    moved = {name for name, p in parameters(trained).items() if not torch.equal(p, before[name])}
+    assert moved == set(before)
+    assert torch.equal(trained.model.get_base_model().lm_head.weight, frozen)
+    losses = history(trained, "forget_loss")[:, 0]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_some_layers_only_with_gradient_checkpointing(reentrant, tmp_path):
+    runs = []
+    for arguments in (
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
+    ):
+        model = tiny.model("qwen3_moe", V)
+        train_only(model, [r"layers\.1\.mlp\.experts"])
+        runs.append(trainer(tmp_path / str(len(runs)), model, **arguments))
+        start = parameters(runs[-1])
+        runs[-1].train()
+        assert all(not torch.equal(p, start[name]) for name, p in parameters(runs[-1]).items())
+    assert_same_run(*runs)
+
+
+def test_patterns():
+    model = tiny.model("qwen3_moe", V)
+    count = train_only(model, ["experts", r"\.1\.mlp\.gate"])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("experts" in name or "layers.1.mlp.gate" in name for name in trained)
+    assert any("layers.1.mlp.gate" in name for name in trained)
+    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(UserError, match=r"trainable: 'mlp\.down_proj\.weight' is found in no .*experts\.down_proj"):
+        train_only(model, ["experts", "mlp.down_proj.weight"])
+    with pytest.raises(UserError, match="not a regular expression"):
+        train_only(model, ["("])
+    with pytest.raises(UserError, match="lora_modules: no name in this model ends with 'c_attn'"):
+        add_lora(model, LoraOptions(modules=("c_attn",)))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_auxiliary_loss_stays_out(family, tmp_path):
+    losses = []
+    for index, changes in enumerate(({}, {"output_router_logits": True, "router_aux_loss_coef": 100.0})):
+        trained = trainer(tmp_path / str(index), tiny.model(family, V, **changes), max_steps=1)
+        trained.train()
+        losses.append(history(trained))
+    assert torch.equal(*losses)
+
+
+def test_weights(tmp_path):
+    retain = documents(14, 2, weighted=True)
+    ones = retain.map(lambda row: {"token_weight": [float(w > 0) for w in row["token_weight"]]})
+    uniform = TraceConfig(weighting="uniform", retain_per_forget=2)
+    runs = [trainer(tmp_path / "0", retain=ones), trainer(tmp_path / "1", config=uniform)]
+    for run in runs:
+        run.train()
+    assert_same_run(*runs)
+    assert history(runs[0], "weight_ess", "weight_max").eq(1).all()
+    weighted = trainer(tmp_path / "2")
+    weighted.train()
+    assert (history(weighted, "retain_loss") != history(runs[0], "retain_loss")).all()
+    assert history(weighted, "weight_ess").lt(0.9).all()
+
+
+def test_resuming_is_the_uninterrupted_run(tmp_path):
+    arguments = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "optim": "adamw_torch",
+    }
+    config = TraceConfig(objective="npo", retain_per_forget=2)
+    whole = trainer(tmp_path / "whole", config=config, **arguments)
+    whole.train()
+    stopped = trainer(tmp_path / "stopped", config=config, **arguments)
+
+    class StopTrainingError(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise StopTrainingError
+
+    step = stopped.training_step
+    stopped.training_step = lambda *a, **k: stop() if stopped.state.global_step == 5 else step(*a, **k)
+    with pytest.raises(StopTrainingError):
+        stopped.train()
+    assert [folder.name for folder in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = trainer(tmp_path / "stopped", config=config, **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(history(resumed), history(whole))
+    for name, found in parameters(resumed).items():
+        assert torch.equal(found, parameters(whole)[name]), name
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    trained = trainer(tmp_path, **arguments)
+    trained.train()
+    assert checkpoints.last_complete(tmp_path).name == "checkpoint-4"
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / checkpoints.MARKER).unlink()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")
+    resumed = trainer(tmp_path, **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert len(history(resumed)) == 4
+    assert torch.equal(history(resumed)[3], history(trained)[3])
+    assert checkpoints.last_complete(tmp_path).name == "checkpoint-4"
+
+
+def test_resuming_without_a_checkpoint_starts(tmp_path):
+    trained = trainer(tmp_path, max_steps=1)
+    trained.train(resume_from_checkpoint=True)
+    assert len(history(trained)) == 1
+
+
+def test_a_diverged_run_stops(tmp_path):
+    trained = trainer(tmp_path, learning_rate=1e12, max_steps=6, max_grad_norm=0.0, logging_nan_inf_filter=False)
+    with pytest.raises(UserError, match="lower the learning rate"):
+        trained.train()
+
+
+def test_refusals(tmp_path):
+    for options, message in (
+        ({"objective": "dpo"}, "objective: got 'dpo', allowed: grad_diff, npo"),
+        ({"weighting": "off"}, "weighting: got 'off', allowed: reference, live, uniform"),
+        ({"gamma": -1.0}, "gamma: got -1.0"),
+        ({"alpha": float("nan")}, "alpha: got nan"),
+        ({"beta": 0.0}, "beta: got 0.0"),
+        ({"retain_per_forget": 0}, "retain_per_forget: got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TraceConfig(**options)
+    with pytest.raises(UserError, match="calibration: weighting 'reference' needs one"):
+        trainer(tmp_path, retain=documents(4, 2))
+    with pytest.raises(UserError, match="calibration: weighting 'live' needs one"):
+        trainer(tmp_path, config=TraceConfig(weighting="live"))
+
+
+def test_evaluation_on_plain_documents(tmp_path):
+    trained = trainer(tmp_path)
+    metrics = trained.evaluate(documents(5, 3))
+    assert 0 < metrics["eval_loss"] < 50
