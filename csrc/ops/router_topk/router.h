@@ -1,0 +1,72 @@
+// What router_topk's threads and binding (cpu.cpp) and its row kernels (rows.isa.cpp, one copy per instruction set)
+// share.
+#pragma once
+
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/tile_kernels.h"
+
+namespace tk {
+
+enum class Score : int { softmax = 0, sigmoid = 1, sqrtsoftplus = 2, softmax_topk = 3 };
+
+// Strides in elements; null where absent. Outputs are contiguous.
+struct Router {
+  const void* logits;
+  Type logits_type;
+  int64_t num_tokens, num_experts, stride_t, stride_e, top_k;
+  Score score_function;
+  bool renormalize;
+  float scale, eps;
+  const float* bias;  // [E] contiguous
+  int64_t num_groups, topk_groups;
+  bool sum_top2;
+  float masked_group_value;
+  const bool* mask;
+  int64_t mask_stride;
+  const float* table;  // [E] contiguous
+  void* weights;       // [T, k]
+  Type weights_type;
+  int64_t* indices;  // [T, k]
+  float* chosen;     // [T, k]
+  float* stats;      // [T, 2]: maximum m and sum of e^(z - m), for the gradient
+  int64_t* counts;   // [E], added to
+  float* score;      // [T]
+};
+
+struct RouterGradient {
+  const void* grad_weights;
+  Type grad_type;
+  int64_t grad_stride_t, grad_stride_k;
+  const void* logits;  // null unless the gradient is dense
+  Type type;           // of the logits and their gradient
+  int64_t stride_t, stride_e;
+  const int64_t* indices;  // [T, k] contiguous
+  const float* chosen;     // [T, k] contiguous
+  const float* stats;      // [T, 2] contiguous
+  int64_t num_tokens, top_k, num_experts;
+  Score score_function;
+  bool renormalize;
+  float scale, eps;
+  void* gradient;  // [T, E] contiguous
+};
+
+// Numbers in a row's scratch arrays: whole vectors for every instruction set, one to spare.
+inline int64_t row_capacity(int64_t num_experts) { return round_up(num_experts, 16) + 16; }
+
+// Of one thread; arrays hold row_capacity(E) elements.
+struct RouterScratch {
+  float *logits, *scores, *choice;
+  int32_t *ordered, *candidates, *candidate_index, *best, *groups;
+  int64_t* counts;  // [E]
+  // The k largest of ordered[n], best first, lowest index among equals: for k too large for the row kernels.
+  void (*select_many)(const int32_t* ordered, int64_t n, int64_t k, int32_t* best);
+};
+
+struct RouterKernels {
+  void (*forward)(const Router& p, const Range& tokens, const RouterScratch& scratch);
+  void (*backward)(const RouterGradient& p, const Range& tokens, float* row);
+};
+
+}  // namespace tk
