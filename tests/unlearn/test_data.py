@@ -142,6 +142,12 @@ def test_only_line_feeds_end_a_line(tmp_path):
     assert BYTES.decode(data[0]["input_ids"], skip_special_tokens=True) == "é\u2028é"
 
 
+def test_special_tokens_written_in_a_text_are_not_doubled(tmp_path):
+    plain = load(tmp_path, "a.json", json.dumps(["w1 w2", {"prompt": "w1", "completion": " w2"}]))
+    written = ["<s> w1 w2 </s>", {"prompt": "<s> w1", "completion": " w2 </s>"}]
+    assert fingerprint(load(tmp_path, "b.json", json.dumps(written))) == fingerprint(plain)
+
+
 def test_limit_counts_rows_and_reads_no_further(tmp_path):
     assert len(load(tmp_path, "a.jsonl", lines("w1 w2 w3 w4", "w5"), max_length=3, limit=2)) == 2
     many = lines(*["w1"] * 5000) + "not JSON"
@@ -255,6 +261,20 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path):
     assert bearing_words(tokenizer, data[0]) == ["-"] * 5 + ["w3", "</s>"] + ["-"] * 4 + ["thought", "w5", "w6", "</s>"]
 
 
+def test_the_layout_after_a_turn_bears_no_loss(tmp_path):
+    tokenizer = tiny.byte_tokenizer(CORPUS)
+    tokenizer.chat_template = CHATML
+    data = load(tmp_path, "chat.jsonl", lines({"messages": CHAT}), tokenizer)
+    kept = [label for label in data[0]["labels"] if label != -100]
+    assert tokenizer.decode(kept) == " w3 </s> w5 w6 </s>"
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m.content }} </s>", "{{ m.content }} ;"
+    )  # turns end without a special token
+    data = load(tmp_path, "chat.jsonl", lines({"messages": CHAT}), tokenizer)
+    kept = [label for label in data[0]["labels"] if label != -100]
+    assert tokenizer.decode(kept) == " w3 ;\n w5 w6 ;\n"
+
+
 def test_chats_that_cannot_be_used(tmp_path, caplog):
     refused(tmp_path, "a.jsonl", lines({"messages": CHAT}), r"a\.jsonl: line 1: .*no|none.*chat template")
     tokenizer = chat_tokenizer(CHATML)
@@ -365,6 +385,13 @@ def test_a_tokenizer_that_knows_no_word_is_warned_about(tmp_path, caplog):
 
 
 # fingerprint, disjointness, batches
+
+
+def test_loss_bearing_needs_both_tokens():
+    labels = torch.tensor([[3, 4, 5, 6, -100, 7]])
+    assert loss_bearing(labels).tolist() == [[True, True, True, False, True, False]]
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1]])
+    assert loss_bearing(labels, mask).tolist() == [[False, True, False, False, True, False]]
 
 
 def test_fingerprint_depends_on_rows_only(tmp_path):

@@ -175,6 +175,17 @@ def test_generation_is_greedy_whatever_the_checkpoint_configures_and_padding_doe
 
 
 @torch.no_grad()
+def test_what_a_model_says_after_its_answer_is_cut_unless_the_reference_has_it_too(tmp_path, monkeypatch):
+    model = tiny.model("olmoe", len(WORDS))
+    said = torch.tensor([[3] * 60 + WORDS("w1").input_ids])
+    monkeypatch.setattr(type(WORDS), "batch_decode", lambda *_, **__: ["\n w1 w2\n\nw6\nQuestion: w3 w4"])
+    monkeypatch.setattr(model, "generate", lambda **_: said)
+    for answer, f1 in (("w1 w2", 1.0), ("w1 w2\n\nw5", 2 * 2 / (3 + 3))):
+        data = dataset(tmp_path, [{"prompt": "w7", "completion": f" {answer}"}])
+        assert answer_scores(model, WORDS, data, progress=False)["rouge_l_f1"] == pytest.approx(f1), answer
+
+
+@torch.no_grad()
 def test_only_the_last_answer_of_a_chat_is_asked_for(tmp_path):
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer = tiny.tokenizer(chat_template=template)

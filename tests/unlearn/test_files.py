@@ -70,6 +70,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["metrics.json"]
 
 
+def test_whoever_has_the_old_file_open_keeps_reading_it_whole(tmp_path):
+    files.write_text(tmp_path / "a", "old" * 100_000)
+    with (tmp_path / "a").open() as reader:
+        start = reader.read(10)
+        files.write_text(tmp_path / "a", "new")
+        assert start + reader.read() == "old" * 100_000
+
+
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_kill_9_in_the_middle_leaves_the_old_state_and_the_next_writer_cleans_up(tmp_path, what):
     target = tmp_path / "run"

@@ -181,6 +181,14 @@ def test_a_tokenizer_larger_than_the_embedding(checkpoint, copy):
     assert len(load_tokenizer(folder)) == 204
 
 
+def test_a_tokenizer_that_just_fits(tmp_path):
+    words = tiny.tokenizer()
+    words.save_pretrained(tmp_path)
+    load_tokenizer(tmp_path, tiny.config("mixtral", len(words)))
+    with pytest.raises(UserError, match="the tokenizer does not match the model"):
+        load_tokenizer(tmp_path, tiny.config("mixtral", len(words) - 1))
+
+
 def test_a_tokenizer_much_smaller_than_the_embedding_is_warned_about(checkpoint, caplog, tmp_path):
     tiny.tokenizer(words=["a", "b"]).save_pretrained(tmp_path)
     load_tokenizer(tmp_path, check_inputs(checkpoint("qwen3_moe")))
