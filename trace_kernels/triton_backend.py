@@ -52,23 +52,21 @@ def refuse_device(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def register(
-    backends: OpBackends,
-    package: str,
-    *functions: str,
-    refuse: Callable[..., str | None] = lambda *args, **kwargs: None,
-) -> None:
-    """Add the backend ``triton`` with `functions` of the module ``<package>.triton``."""
+def register(backends: OpBackends, package: str, *functions: str) -> None:
+    """Add the backend ``triton``: `functions`, and ``refuse`` if it is there, of the module ``<package>.triton``."""
+
+    def module() -> Any:
+        return importlib.import_module(f"{package}.triton")
 
     def lazily(name: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"{package}.triton"), name)(*args)
+        return lambda *args: getattr(module(), name)(*args)
 
-        return call
+    def refuse(*args: Any) -> str | None:
+        if (reason := refuse_device(*args)) is not None or not hasattr(module(), "refuse"):
+            return reason
+        own: str | None = module().refuse(*args)
+        return own
 
     backends.register(
-        "triton",
-        unavailable=triton_unavailable,
-        refuse=lambda *args, **kwargs: refuse_device(*args, **kwargs) or refuse(*args, **kwargs),
-        **{name: lazily(name) for name in functions},
+        "triton", unavailable=triton_unavailable, refuse=refuse, **{name: lazily(name) for name in functions}
     )

@@ -1,6 +1,6 @@
-"""Compiles every launch of an op for one architecture and prints what each kernel takes, one JSON object a line.
+"""Compiles every launch of an op for each architecture and prints what each kernel takes, one JSON object a line.
 
-Usage: compile_kernels.py OP CAPABILITY. Runs in a process of its own, because Triton does not compile under
+Usage: compile_kernels.py OP CAPABILITY... Runs in a process of its own, because Triton does not compile under
 TRITON_INTERPRET=1.
 """
 
@@ -41,10 +41,10 @@ def compile_launch(launch, capability):
     numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     return {
         "kernel": launch.kernel.__name__,
-        "module": launch.kernel.fn.__module__,
         "capability": capability,
         "types": {name: kind for name, kind in signature.items() if kind.startswith("*")},
         "constants": launch.constants,
+        "aligned": [launch.kernel.arg_names[position] for (position,) in attributes],
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
         "local": numbers.get("LOCAL", 0),
@@ -58,9 +58,10 @@ def compile_launch(launch, capability):
 
 
 def main():
-    op, capability = sys.argv[1], int(sys.argv[2])
+    op, *capabilities = sys.argv[1:]
     for launch in unique_launches(op):
-        print(json.dumps(compile_launch(launch, capability)), flush=True)
+        for capability in capabilities:
+            print(json.dumps(compile_launch(launch, int(capability))), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ What is compiled is what a call would launch: the launcher picks tiles and flags
 by the rules of Triton's just-in-time compiler.
 """
 
-import itertools
-
 import torch
 
 from trace_kernels.triton_common import Launch, recording
@@ -45,16 +43,32 @@ def cross_entropy():
 
     T = 8192
     target, row = empty(T, dtype=torch.int64), empty(T)
-    for dtype, V, softcap in itertools.product((FP32, BF16, FP16), (151936, 50257, 100), (None, 30.0)):
+    for dtype, V, softcap in (
+        (BF16, 151936, None),
+        (BF16, 256000, 30.0),
+        (BF16, 50257, None),
+        (BF16, 100, None),
+        (FP32, 151936, None),
+        (FP16, 32000, 30.0),
+    ):
         logits = empty(T, V, dtype=dtype)
         forward(logits, target, -100, softcap, 1.0)
         backward(row, logits, target, row, -100, softcap, 1.0, True)
 
 
+# (dtype, T, H, V) of the linear ops: a model's, in every dtype, and one smaller than any tile.
+LINEAR = (
+    (BF16, 8192, 2048, 151936),
+    (FP32, 8192, 2048, 151936),
+    (FP16, 8192, 4096, 32000),
+    (BF16, 37, 24, 101),
+)
+
+
 def linear_cross_entropy():
     from trace_kernels.ops.linear_cross_entropy.triton import backward_weight, forward
 
-    for dtype, (T, H, V) in itertools.product((FP32, BF16, FP16), ((8192, 2048, 151936), (37, 24, 101))):
+    for dtype, T, H, V in LINEAR:
         hidden, weight = empty(T, H, dtype=dtype), empty(V, H, dtype=dtype)
         target, row = empty(T, dtype=torch.int64), empty(T)
         for bias, row_weight, softcap in ((None, None, None), (empty(V), row, 30.0)):
@@ -66,7 +80,7 @@ def linear_cross_entropy():
 def linear_kl():
     from trace_kernels.ops.linear_kl.triton import backward_weight, forward
 
-    for dtype, (T, H, V) in itertools.product((FP32, BF16, FP16), ((8192, 2048, 151936), (37, 24, 101))):
+    for dtype, T, H, V in LINEAR:
         hidden, weight, row = empty(T, H, dtype=dtype), empty(V, H, dtype=dtype), empty(T)
         for row_weight, softcap in ((None, None), (row, 30.0)):
             for gradient in (False, True):
@@ -74,7 +88,44 @@ def linear_kl():
             backward_weight(hidden, weight, hidden, weight, row, row, row, softcap, 1.0)
 
 
-OPS = {function.__name__: function for function in (record_routing, cross_entropy, linear_cross_entropy, linear_kl)}
+def router_topk():
+    from trace_kernels.ops.router_topk.rule import Rule
+    from trace_kernels.ops.router_topk.triton import backward, forward
+
+    T = 16384
+    mask, lowest = empty(T, dtype=torch.bool), float("-inf")
+    for dtype, E, k, function, renormalize, eps, groups, bias, keep in (
+        # Qwen3-30B-A3B, Qwen3-Next, OLMoE, Mixtral, gpt-oss-20b, DeepSeek-V2-Lite, DeepSeek-V2, DeepSeek-V3, V4
+        (BF16, 128, 8, "softmax", True, 0.0, (1, 1, "max", 0.0), False, True),
+        (BF16, 512, 10, "softmax", True, 0.0, (1, 1, "max", 0.0), False, False),
+        (BF16, 64, 8, "softmax", False, 0.0, (1, 1, "max", 0.0), False, True),
+        (BF16, 8, 2, "softmax", True, 0.0, (1, 1, "max", 0.0), False, True),
+        (BF16, 32, 4, "softmax_topk", False, 0.0, (1, 1, "max", 0.0), False, True),
+        (FP32, 64, 6, "softmax", False, 0.0, (1, 1, "max", 0.0), False, True),
+        (FP32, 160, 6, "softmax", False, 0.0, (8, 3, "max", 0.0), False, True),
+        (FP32, 256, 8, "sigmoid", True, 1e-20, (8, 4, "sum_top2", lowest), True, True),
+        (FP32, 256, 6, "sqrtsoftplus", True, 1e-20, (1, 1, "max", 0.0), True, True),
+        # the limits, and what no model above has
+        (FP32, 1024, 64, "softmax", True, 1e-20, (16, 4, "sum_top2", lowest), True, True),
+        (BF16, 1024, 64, "sigmoid", True, 0.0, (1, 1, "max", 0.0), False, True),
+        (FP16, 60, 6, "softmax", True, 0.0, (1, 1, "max", 0.0), True, True),
+        (BF16, 256, 8, "sigmoid", True, 0.0, (8, 4, "sum_top2", lowest), True, False),
+    ):
+        rule = Rule(k, function, renormalize, 1.0, eps, *groups)
+        logits, selection_bias = empty(T, E, dtype=dtype), empty(E) if bias else None
+        outputs = forward(logits, rule, selection_bias, mask, empty(E), True, dtype, keep)
+        if keep:
+            saved = logits if rule.dense_gradient else None
+            backward(empty(T, k, dtype=dtype), saved, *outputs[1:4], rule, E, dtype)
+    rule = Rule(8, "softmax", True, 1.0, 0.0, 1, 1, "max", 0.0)
+    forward(empty(T, 128, dtype=BF16), rule, None, None, None, False, FP32, False)
+    forward(empty(128, T, dtype=BF16).T, rule, None, None, None, True, BF16, False)
+
+
+OPS = {
+    function.__name__: function
+    for function in (record_routing, router_topk, cross_entropy, linear_cross_entropy, linear_kl)
+}
 
 TYPES = {
     torch.bool: "i1",

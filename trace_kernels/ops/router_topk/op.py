@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trace_kernels import validate
+from trace_kernels import triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.record_routing.op import check_recording
 from trace_kernels.ops.router_topk import native, reference
@@ -22,6 +22,7 @@ backends.register(
     forward=native.forward_cpu,
     backward=native.backward_cpu,
 )
+triton_backend.register(backends, __package__, "forward", "backward")
 
 
 def router_topk(

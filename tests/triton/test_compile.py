@@ -1,0 +1,78 @@
+"""Every Triton kernel, compiled for sm_80, sm_90 and sm_100 in each configuration of launches.py.
+
+No kernel spills, none takes more than limits.json allows, and loads are 16 bytes wide where the speed rests on them.
+This says nothing about results (test_interpreter.py does) and is no measurement on a GPU.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LIMITS = json.loads((HERE / "limits.json").read_text())
+OPS = ("record_routing", "router_topk", "cross_entropy", "linear_cross_entropy", "linear_kl")
+CAPABILITIES = (80, 90, 100)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+
+@pytest.fixture(scope="module", params=OPS)
+def compiled(request):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, HERE / "compile_kernels.py", request.param, *map(str, CAPABILITIES)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return request.param, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def described(kernel):
+    return f"{kernel['kernel']} sm_{kernel['capability']} {kernel['types']} {kernel['constants']}"
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    op, kernels = compiled
+    expected = {(name, capability) for name in LIMITS[op] for capability in CAPABILITIES}
+    assert {(kernel["kernel"], kernel["capability"]) for kernel in kernels} == expected
+
+
+def test_nothing_spills(compiled):
+    _, kernels = compiled
+    assert [described(kernel) for kernel in kernels if kernel["stack"] or kernel["local"] or kernel["spills"]] == []
+
+
+@pytest.mark.parametrize("resource", ("registers", "shared"))
+def test_resources_are_within_limits(compiled, resource):
+    op, kernels = compiled
+    over = [
+        f"{described(kernel)}: {kernel[resource]}"
+        for kernel in kernels
+        if kernel[resource] > LIMITS[op][kernel["kernel"]][resource]
+    ]
+    assert over == []
+
+
+def test_loads_are_wide(compiled):
+    """Where a kernel's limits name what has to be aligned for it, and the tile is not that of a short row."""
+    op, kernels = compiled
+    checked, narrow = set(), []
+    for kernel in kernels:
+        wide = LIMITS[op][kernel["kernel"]].get("wide")
+        if wide is None or not set(wide["aligned"]) <= set(kernel["aligned"]):
+            continue
+        if any(kernel["constants"][name] < least for name, least in wide.get("at_least", {}).items()):
+            continue
+        if any(kernel["types"][name] not in kinds for name, kinds in wide.get("types", {}).items()):
+            continue
+        checked.add(kernel["kernel"])
+        if kernel["wide_loads"] < wide["loads"] or kernel["wide_stores"] < wide.get("stores", 0):
+            narrow.append(f"{described(kernel)}: {kernel['wide_loads']} loads, {kernel['wide_stores']} stores")
+    assert narrow == []
+    assert checked == {name for name, limits in LIMITS[op].items() if "wide" in limits}
