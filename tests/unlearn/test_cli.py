@@ -1,0 +1,191 @@
+"""The command line: quick to start, one message for a mistake, nothing left behind."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+import trace_unlearn
+from trace_unlearn import cli
+from trace_unlearn.errors import UserError
+
+
+@dataclasses.dataclass
+class Inner:
+    """Knobs.
+
+    Args:
+        gamma: weight of the forget loss.
+    """
+
+    gamma: float = 1.0
+
+
+@dataclasses.dataclass
+class Options:
+    """Does a thing.
+
+    Args:
+        model: the checkpoint.
+        batch_size: rows a forward.
+        names: some names.
+        loud: whether to shout.
+        inner: nested.
+    """
+
+    model: str
+    batch_size: int | None = None
+    names: list[str] = dataclasses.field(default_factory=list)
+    loud: bool = False
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """A verb `fake` that records its options, or does what `module.action` says."""
+    module = types.ModuleType("trace_unlearn.fake")
+    module.Options = Options
+    module.seen = []
+    module.action = module.seen.append
+    module.main = lambda options: module.action(options)
+    monkeypatch.setitem(sys.modules, "trace_unlearn.fake", module)
+    monkeypatch.setitem(cli.VERBS, "fake", cli.Verb("fake", "Options", "fakes"))
+    return module
+
+
+def test_flags_come_from_the_options(verb):
+    assert cli.main(["fake", "--model", "m", "--batch_size", "3", "--names", "[a,b]", "--inner.gamma", "2"]) == 0
+    assert verb.seen == [Options("m", 3, ["a", "b"], False, Inner(2.0))]
+
+
+def test_config_file_with_overrides(verb, tmp_path):
+    (tmp_path / "c.yaml").write_text("model: m\nbatch_size: 3\ninner:\n  gamma: 5\n")
+    assert cli.main(["fake", "--config", str(tmp_path / "c.yaml"), "--batch_size=4"]) == 0
+    assert verb.seen == [Options("m", 4, [], False, Inner(5.0))]
+
+
+@pytest.mark.parametrize(
+    ("words", "loud"), [(["--loud"], True), (["--loud", "false"], False), (["--loud", "--batch_size", "1"], True)]
+)
+def test_switches_may_stand_alone(verb, words, loud):
+    assert cli.main(["fake", "--model", "m", *words]) == 0
+    assert verb.seen[0].loud is loud
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "missing: --model"),
+        (["--model", "m", "--batch_size", "x"], "--batch_size: expected int or null, got 'x'"),
+        (["--model", "m", "--inner.gamma", "x"], "--inner.gamma: expected float, got 'x'"),
+        (["--model", "m", "--bogus", "1"], "--bogus"),
+        (["--model", "m", "stray"], "stray"),
+        (["--model", "m", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model"], "--model"),
+    ],
+)
+def test_a_wrong_flag_is_one_message_and_exit_code_2(verb, capsys, words, said):
+    assert cli.main(["fake", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("trace-unlearn fake: ")
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert verb.seen == []
+
+
+@pytest.mark.parametrize("content", ["bogus: 1\n", "model: [\n", "- a\n"])
+def test_a_wrong_config_file(verb, capsys, tmp_path, content):
+    (tmp_path / "c.yaml").write_text(content)
+    assert cli.main(["fake", "--model", "m", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("trace-unlearn fake: ")
+    assert verb.seen == []
+
+
+def test_a_users_mistake_in_the_verb(verb, capsys):
+    def action(options):
+        raise UserError("forget.jsonl: line 3: not JSON")
+
+    verb.action = action
+    assert cli.main(["fake", "--model", "m"]) == 2
+    assert capsys.readouterr().err == "trace-unlearn fake: forget.jsonl: line 3: not JSON\n"
+
+
+def test_a_defect_is_not_dressed_as_a_users_mistake(verb):
+    def action(options):
+        raise ZeroDivisionError
+
+    verb.action = action
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake", "--model", "m"])
+
+
+def test_interrupted(verb, capsys):
+    def action(options):
+        raise KeyboardInterrupt
+
+    verb.action = action
+    assert cli.main(["fake", "--model", "m"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_help_of_a_verb_shows_the_fields_docs(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fake", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for text in ("Does a thing.", "the checkpoint.", "rows a forward.", "weight of the forget loss."):
+        assert text in shown
+
+
+def test_unknown_verb(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_overview_lists_every_verb(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {verb}" in shown for verb in cli.VERBS)
+    assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize("verb_name", cli.VERBS)
+def test_every_verb_documents_every_flag(verb_name):
+    module = importlib.import_module(f"trace_unlearn.{cli.VERBS[verb_name].module}")
+    parser = cli.build_parser(verb_name, module, getattr(module, cli.VERBS[verb_name].options))
+    flags = {action.dest: action.help for action in parser._actions}
+    assert len(flags) > 3
+    assert [flag for flag, text in flags.items() if not text] == []
+
+
+def test_start_up_loads_nothing_heavy():
+    program = (
+        "import sys; from trace_unlearn import cli; cli.main(['--help']); "
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'jsonargparse'} & set(sys.modules); "
+        "sys.exit(bool(heavy) and str(heavy))"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 20  # a hang, not a figure of speed
+
+
+def test_calibrate_is_the_function_whatever_was_imported_before():
+    program = (
+        "import trace_unlearn.calibrate; import trace_unlearn; from trace_unlearn import calibrate; "
+        "from trace_unlearn.calibrate import calibrate as function; assert calibrate is function; "
+        "assert trace_unlearn.calibrate is function"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_exported_names_exist():
+    for name in trace_unlearn.__all__:
+        assert getattr(trace_unlearn, name) is not None
+    with pytest.raises(AttributeError):
+        _ = trace_unlearn.no_such_name
