@@ -1,0 +1,253 @@
+"""The verb `report`: one self-contained HTML page and PNG plots about a run folder.
+
+`describe_calibration` and its like add a part to a `Page`; the demo's report is made of the same parts.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trace_unlearn import files, plots
+from trace_unlearn.errors import UserError
+from trace_unlearn.page import Page
+
+if TYPE_CHECKING:
+    from trace_unlearn.calibrate import Calibration
+    from trace_unlearn.profile import RoutingStatistics
+
+LISTED_EXPERTS = 24  # rows of the experts' table that are shown unfolded
+
+
+@dataclass
+class ReportOptions:
+    """Writes report.html, one self-contained page, and its plots as PNG files about a run folder.
+
+    Args:
+        run: the run folder, with what the verbs wrote into it: profile/, calibration/, model/, metrics.json. What is
+            not there yet is left out of the page.
+        output: where to write; by default the run folder itself.
+    """
+
+    run: str
+    output: str | None = None
+
+
+def main(options: ReportOptions, say: Callable[[str], None] = print) -> None:
+    """Runs the verb."""
+    folder = Path(options.run)
+    output = Path(options.output) if options.output else folder
+    if not folder.is_dir():
+        raise UserError(f"run: {folder} is not a folder")
+    say(f"report: {folder} -> {output / 'report.html'}")
+    page = report_run(folder)
+    say(f"wrote {page.write(output, footer=footer())}")
+
+
+def report_run(folder: Path) -> Page:
+    """The page about a run folder.
+
+    Raises:
+        UserError: the folder holds nothing to report, or a file in it is broken.
+    """
+    from trace_unlearn.calibrate import Calibration
+    from trace_unlearn.profile import RoutingStatistics
+
+    stats = RoutingStatistics.load(folder / "profile") if (folder / "profile").is_dir() else None
+    calibration = Calibration.load(folder / "calibration") if (folder / "calibration").is_dir() else None
+    metrics = files.read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    training = files.read_json(folder / "model" / "trace.json") if (folder / "model" / "trace.json").is_file() else None
+    if stats is None and calibration is None and metrics is None and training is None:
+        raise UserError(
+            f"run: {folder} holds none of profile/, calibration/, model/ and metrics.json; nothing to report"
+        )
+    model = stats.meta.get("model") if stats is not None else None
+    page = Page("Unlearning report", f"{model or folder.name}, {datetime.date.today().isoformat()}")
+    if metrics is not None:
+        describe_metrics(page, metrics["checkpoints"])
+    if training is not None:
+        describe_training(page, training.pop("log"))
+    if stats is not None and calibration is not None:
+        describe_calibration(page, stats, calibration)
+    elif stats is not None:
+        page.heading("Routing")
+        heatmaps(page, {"Forget set": stats.forget_frequency, "Retain set": stats.retain_frequency}, [])
+    choices: dict[str, Any] = {}
+    if stats is not None:
+        choices["profile"] = stats.meta
+    if calibration is not None:
+        choices["calibrate"] = {"rule": calibration.rule, **calibration.choices}
+    if training is not None:
+        choices["train"] = training
+    if metrics is not None:
+        choices["evaluate"] = metrics["choices"]
+    describe_choices(page, choices)
+    return page
+
+
+def describe_calibration(
+    page: Page, stats: RoutingStatistics, calibration: Calibration, *, title: str = "Calibration"
+) -> None:
+    """What calibration did to the retain set's routing: key figures, experts, heatmaps, weights."""
+    selected = [(int(layer), int(expert)) for layer, expert in calibration.selected]
+    f, r, weighted = (_array(values) for values in (calibration.f, calibration.r, calibration.weighted_r))
+    before = np.abs(r - f)
+    page.heading(title)
+    page.paragraph(
+        f"{len(selected)} forget-critical experts were chosen: the forget set uses them more than the retain set does. "
+        f"Every retain token got a weight (rule {calibration.rule!r}, mean 1), so that the retain set, weighted, uses "
+        "them as the forget set does. The effective sample size says what share of the retain tokens the weighted set "
+        "is worth: 1 is uniform, and exact matching would cost nearly all of it."
+    )
+    page.tiles(
+        [
+            ("mean error on the chosen experts, before", float(before.mean())),
+            ("after", float(calibration.mean_error)),
+            ("largest error, before", float(before.max())),
+            ("after", float(calibration.max_error)),
+            ("effective sample size", float(calibration.ess)),
+            ("largest weight", float(calibration.largest_weight)),
+        ]
+    )
+    maps = {
+        "Forget set": stats.forget_frequency,
+        "Retain set": stats.retain_frequency,
+        "Retain set, weighted": weighted_frequency(stats, calibration.token_weight),
+    }
+    heatmaps(page, maps, selected)
+    page.figure(
+        "calibration",
+        plots.calibration_scatter(f, r, weighted),
+        alt=f"Scatter plot of {len(selected)} experts: the retain-side frequencies lie {before.mean():.3f} from the "
+        f"forget-side ones on average before weighting and {calibration.mean_error:.3f} after.",
+        caption="Each forget-critical expert: on the dashed line the retain set uses it as much as the forget set.",
+    )
+    weights = _array(calibration.token_weight)
+    page.figure(
+        "weights",
+        plots.weight_histogram(weights),
+        alt=f"Histogram of {len(weights)} token weights from {weights.min():.3f} to {weights.max():.2f}, mean "
+        f"{weights.mean():.2f}, median {np.median(weights):.2f}.",
+        caption="Weights of the retain tokens; both axes are logarithmic.",
+    )
+    rows = [
+        [f"layer {layer}, expert {expert}", float(f[i]), float(r[i]), float(weighted[i]), float(weighted[i] - f[i])]
+        for i, (layer, expert) in enumerate(selected)
+    ]
+    for note in calibration.notes:
+        page.paragraph(f"Note: {note}.")
+    columns = ["expert", "forget", "retain", "retain, weighted", "error left"]
+    page.table("Share of tokens that use each forget-critical expert", columns, rows, folded=len(rows) > LISTED_EXPERTS)
+
+
+def heatmaps(page: Page, frequencies: Mapping[str, torch.Tensor], selected: Sequence[tuple[int, int]]) -> None:
+    """Expert heatmaps, one per [L, E] entry."""
+    arrays = {title: _array(values) for title, values in frequencies.items()}
+    layers, experts = next(iter(arrays.values())).shape
+    busiest = ", ".join(
+        f"{title.lower()}: expert {int(values.argmax()) % experts} of layer {int(values.argmax()) // experts} with "
+        f"{values.max():.0%}"
+        for title, values in arrays.items()
+    )
+    page.figure(
+        "experts",
+        plots.expert_heatmaps(arrays, selected),
+        alt=f"Heatmaps of {layers} layers by {experts} experts. The most used experts are, {busiest}. "
+        f"{len(selected)} forget-critical experts are outlined.",
+        caption="How often each expert is used; outlined are the forget-critical ones.",
+    )
+
+
+def weighted_frequency(stats: RoutingStatistics, token_weight: torch.Tensor) -> torch.Tensor:
+    """[L, E] float64: the retain set's activation frequencies when token t counts token_weight[t]."""
+    L, E = stats.retain_counts.shape
+    routes = stats.retain_routes.numpy()  # [N, L, k]
+    weight = np.repeat(_array(token_weight), routes.shape[2])  # a token's weight for each of its k experts
+    frequency = np.stack(
+        [np.bincount(routes[:, layer].ravel(), weight, minlength=E + 1)[:E] for layer in range(L)]
+    )  # an empty slot has a number of E or more
+    return torch.from_numpy(frequency / token_weight.double().sum().item())
+
+
+def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
+    """Utility against forgetting along the training: the retain NLL against the forget NLL of the log's entries."""
+    points = [entry for entry in log if "forget_nll" in entry and "retain_nll" in entry]
+    if len(points) < 2:
+        return
+    forget, retain = (np.array([point[name] for point in points]) for name in ("forget_nll", "retain_nll"))
+    page.heading("Trade-off while training")
+    page.figure(
+        "trade-off",
+        plots.trade_off(
+            {"Retain against forget": {"this run": [(forget, retain)]}},
+            x_label="forget NLL (nats a token)",
+            y_label="retain NLL (nats a token)",
+        ),
+        alt=f"Line plot of {len(points)} points: while the forget NLL goes from {forget[0]:.3f} to {forget[-1]:.3f}, "
+        f"the retain NLL goes from {retain[0]:.3f} to {retain[-1]:.3f}.",
+        caption="What the model lost on the retain set (up) for what it forgot (right), on the training batches.",
+    )
+
+
+def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of the measures, a column for each checkpoint."""
+    page.heading("Metrics")
+    columns = {name: flatten(_scalars(measures)) for name, measures in checkpoints.items()}
+    names = list(dict.fromkeys(key for values in columns.values() for key in values))
+    rows = [[name, *(values.get(name) for values in columns.values())] for name in names]
+    page.table("Measures of each checkpoint; NLL in nats a token", ["measure", *columns], rows)
+
+
+def _scalars(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the lists, such as one value a layer."""
+    return {
+        key: _scalars(item) if isinstance(item, Mapping) else item
+        for key, item in value.items()
+        if not isinstance(item, list)
+    }
+
+
+def describe_choices(page: Page, choices: Mapping[str, Any]) -> None:
+    """Every choice and version, as a folded table for each part."""
+    if not choices:
+        return
+    page.heading("Choices and versions")
+    for part, values in choices.items():
+        page.table(part, ["name", "value"], list(flatten(values).items()), text=True, folded=True)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, the keys joined by dots.
+
+    Example:
+        >>> flatten({"forget": {"nll": 1.5}, "steps": [1, 2]})
+        {'forget.nll': 1.5, 'steps': '1, 2'}
+    """
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return {prefix: value}
+
+
+def footer() -> str:
+    """What made a page, and when."""
+    import trace_kernels
+
+    now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
+    return f"Written by trace-unlearn {trace_kernels.__version__} on {now}."
+
+
+def _array(values: torch.Tensor) -> npt.NDArray[np.float64]:
+    array: npt.NDArray[np.float64] = values.detach().cpu().double().numpy()
+    return array
