@@ -1,0 +1,275 @@
+"""The verb `run`: profile, calibrate, train, evaluate and report from one configuration; goes on where it stopped.
+
+A step is skipped when what it makes is there and was made from the same inputs with the same options; steps.json in the
+run folder records both. A step that was made otherwise is refused, never silently redone or mixed with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_unlearn.calibrate import CalibrateOptions
+from trace_unlearn.errors import UserError
+from trace_unlearn.evaluate import EvaluateOptions
+from trace_unlearn.files import read_json, write_json
+from trace_unlearn.profile import ProfileOptions
+from trace_unlearn.report import ReportOptions
+from trace_unlearn.train import TrainOptions
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+SECTIONS: dict[str, type] = {
+    "profile": ProfileOptions,
+    "calibrate": CalibrateOptions,
+    "train": TrainOptions,
+    "evaluate": EvaluateOptions,
+}
+# What the run itself gives to the verbs, beside its fields of the same names.
+GIVEN = {"calibrate": {"profile"}, "train": {"calibration"}, "evaluate": {"models", "base"}}
+PRODUCTS = {
+    "profile": "profile",
+    "calibrate": "calibration",
+    "train": "model",
+    "evaluate": "metrics.json",
+    "report": "report.html",
+}
+RECORD = "steps.json"
+HASHED_BYTES = 1 << 30  # of larger files, the size and the time of change stand for the content
+
+
+@dataclass
+class RunOptions:
+    """Profiles, calibrates, unlearns, evaluates and reports: all verbs in turn, from one configuration file.
+
+    A second call goes on where the first one stopped; what is finished is not done again. The sections profile,
+    calibrate, train and evaluate hold those verbs' own options.
+
+    Args:
+        model: a checkpoint folder or hub name of a Mixture-of-Experts language model.
+        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name "owner/name[:config]".
+        retain: the data whose behaviour must stay.
+        output: the run folder.
+        max_length: the most tokens of a document; longer texts are cut into windows.
+        forget_limit: use only that many forget documents.
+        retain_limit: use only that many retain documents.
+        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+        report: whether to write report.html.
+        profile: options of profile.
+        calibrate: options of calibrate.
+        train: options of train.
+        evaluate: options of evaluate.
+    """
+
+    model: str
+    forget: str
+    retain: str
+    output: str = "runs/trace"
+    max_length: int = 512
+    forget_limit: int | None = None
+    retain_limit: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    report: bool = True
+    profile: dict[str, Any] = field(default_factory=dict)
+    calibrate: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags: the run's own, and a group for every section."""
+    parser.add_class_arguments(RunOptions, as_group=False, skip=set(SECTIONS))
+    for section, options_class in SECTIONS.items():
+        parser.add_class_arguments(options_class, section, skip=set(_given(section)), instantiate=False)
+
+
+def options_from(namespace: Namespace) -> RunOptions:
+    """The options that the command line gave."""
+    values = namespace.as_dict()
+    return RunOptions(**{item.name: values[item.name] for item in dataclasses.fields(RunOptions)})
+
+
+def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
+    """Runs the verb."""
+    output = Path(options.output)
+    steps = _steps(options)
+    say(f"run: {', then '.join(step.verb for step in steps)} -> {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        record = read_json(output / RECORD) if (output / RECORD).is_file() else {}
+        finished = {step.verb for step in steps if step.is_finished(output, record.get(step.verb))}
+        for step in steps:
+            if step.verb in finished:
+                say(f"{step.verb}: done already, {output / step.product} is there")
+                continue
+            # Recorded before it begins: the product appears in one step, and then belongs to this record.
+            record[step.verb] = step.identity()
+            write_json(output / RECORD, record)
+            begun = time.monotonic()
+            importlib.import_module(f"trace_unlearn.{step.verb}").main(step.options)
+            record[step.verb]["seconds"] = round(time.monotonic() - begun, 1)
+            write_json(output / RECORD, record)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verb of a run.
+
+    Attributes:
+        verb: its name.
+        options: its options.
+        inputs: digests of what it reads: data, model, and the steps before it.
+    """
+
+    verb: str
+    options: Any
+    inputs: Mapping[str, str]
+
+    @property
+    def product(self) -> str:
+        return PRODUCTS[self.verb]
+
+    def identity(self) -> dict[str, Any]:
+        """What the product follows from, as JSON holds it; where the run folder is does not matter."""
+        choices = {
+            item.name: getattr(self.options, item.name)
+            for item in dataclasses.fields(self.options)
+            if item.name not in _given(self.verb) or item.name in _SHARED
+        }
+        identity: dict[str, Any] = json.loads(json.dumps({"options": choices, "inputs": dict(self.inputs)}))
+        return identity
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def is_finished(self, output: Path, record: Mapping[str, Any] | None) -> bool:
+        """Whether the product is there.
+
+        Raises:
+            UserError: it is, but was made from something else.
+        """
+        path = output / self.product
+        if not path.exists():
+            return False
+        advice = f"remove {path} and what follows from it to make it anew, or give another --output"
+        if record is None:
+            raise UserError(f"{path}: is there, but no run made it; {advice}")
+        identity = self.identity()
+        for part in ("options", "inputs"):
+            before, now = record.get(part, {}), identity[part]
+            changed = [
+                f"{name} (was {before.get(name)!r}, now {now.get(name)!r})" if part == "options" else name
+                for name in sorted({*before, *now})
+                if before.get(name) != now.get(name)
+            ]
+            if changed:
+                what = "with other options" if part == "options" else "from other inputs"
+                raise UserError(f"{path}: was made {what}: {', '.join(changed)}; {advice}")
+        return True
+
+
+_SHARED = ("max_length", "forget_limit", "retain_limit", "dtype", "device")
+
+
+def _given(verb: str) -> set[str]:
+    """The options of a verb that the run itself gives."""
+    if verb == "report":
+        return {"run", "output"}
+    mine = {item.name for item in dataclasses.fields(RunOptions)} - {*SECTIONS, "report"}
+    theirs = {item.name for item in dataclasses.fields(SECTIONS[verb])}
+    return (mine & theirs) | GIVEN.get(verb, set())
+
+
+def _steps(options: RunOptions) -> list[Step]:
+    """All steps with their options, checked and digested before anything is done."""
+    output = Path(options.output)
+    uniform = options.train.get("weighting") == "uniform"
+    given: dict[str, dict[str, Any]] = {
+        "profile": {"output": str(output / "profile")},
+        "calibrate": {"profile": str(output / "profile"), "output": str(output / "calibration")},
+        "train": {"calibration": None if uniform else str(output / "calibration"), "output": str(output / "model")},
+        "evaluate": {"models": [options.model, str(output / "model")], "base": options.model, "output": str(output)},
+    }
+    inputs = {
+        "model": digest_of(options.model, "model"),
+        "forget": digest_of(options.forget, "forget"),
+        "retain": digest_of(options.retain, "retain"),
+    }
+    steps: list[Step] = []
+    for verb in given:
+        if uniform and verb in ("profile", "calibrate"):
+            continue
+        shared = {name: getattr(options, name) for name in _given(verb) - GIVEN.get(verb, set())}
+        built = _build(verb, {**getattr(options, verb), **shared, **given[verb]})
+        read = {} if verb == "calibrate" else dict(inputs)
+        if verb == "evaluate":
+            read |= {f"others.{name}": digest_of(source, "evaluate.others") for name, source in built.others.items()}
+        if steps:
+            read[steps[-1].verb] = steps[-1].digest()
+        steps.append(Step(verb, built, read))
+    if options.report:
+        steps.append(Step("report", ReportOptions(run=str(output)), {steps[-1].verb: steps[-1].digest()}))
+    return steps
+
+
+def _build(verb: str, values: dict[str, Any]) -> Any:
+    known = {item.name for item in dataclasses.fields(SECTIONS[verb])}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{verb}: {unknown[0]!r} is none of its options: {', '.join(sorted(known - _given(verb)))}")
+    return SECTIONS[verb](**values)
+
+
+def digest_of(source: str, argument: str) -> str:
+    """Identifies a file's or folder's content; a hub name stands for itself.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            return _digest_file(path)
+        if path.is_dir():
+            names = sorted(item for item in path.rglob("*") if item.is_file())
+            whole = hashlib.sha256()
+            for item in names:
+                whole.update(f"{item.relative_to(path)}\0{_digest_file(item)}\n".encode())
+            return whole.hexdigest()
+    except OSError as error:
+        raise UserError(f"{argument}: cannot read {source}: {error.strerror or error}") from error
+    return f"hub:{source}"
+
+
+def _digest_file(path: Path) -> str:
+    status = path.stat()
+    if status.st_size > HASHED_BYTES:
+        return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    with path.open("rb") as file:
+        whole = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            whole.update(chunk)
+    return whole.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder while this one works in it; the system lets go when the process ends."""
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output: another run is at work in {output}") from None
+        yield
