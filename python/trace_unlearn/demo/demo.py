@@ -1,0 +1,167 @@
+"""The verb `demo`: TRACE end to end on tiny models that it makes itself, and what it bought, with its noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from trace_unlearn.demo.results import Results
+    from trace_unlearn.demo.unlearn import Recipe
+    from trace_unlearn.demo.workers import Task
+
+OBJECTIVES = ("grad_diff", "npo")
+MARKER = "demo.json"  # says that a folder is ours, and what it was made with
+
+
+@dataclass
+class DemoOptions:
+    """Shows TRACE on tiny Mixture-of-Experts models that it pre-trains itself on generated facts; no downloads, no GPU.
+
+    A finished demo in the output folder is shown again, an interrupted one goes on, and more models or the other
+    objective are added to it.
+
+    Args:
+        output: the folder for models, results and report.html.
+        quick: one model in about a minute. It cannot tell a gain from noise.
+        models: how many independent models (other facts, other initial weights); 3, or 1 with --quick.
+        objective: "grad_diff" (gradient ascent on the forget set) or "npo".
+        workers: processes, one thread each; by default one per core.
+        overwrite: replace what an earlier demo left in the output folder.
+    """
+
+    output: str = "runs/demo"
+    quick: bool = False
+    models: int | None = None
+    objective: str = "grad_diff"
+    workers: int | None = None
+    overwrite: bool = False
+
+
+def main(options: DemoOptions, say: Callable[[str], None] = print) -> None:
+    """Runs the verb."""
+    from trace_unlearn.demo.unlearn import Recipe
+
+    run_demo(options, Recipe(), say)
+
+
+def run_demo(options: DemoOptions, recipe: Recipe, say: Callable[[str], None] = print) -> Results:
+    """Do what is missing in the output folder, print the results and write the report; returns the results."""
+    from trace_unlearn.demo import unlearn
+    from trace_unlearn.demo.results import collect, explain, write_report
+    from trace_unlearn.demo.workers import Task, run_tasks
+
+    models = _checked(options)
+    output = Path(options.output)
+    folders = [output / f"model-{seed}" for seed in range(models)]
+    started = time.monotonic()
+    _claim(output, recipe, options.overwrite)
+    tasks = []
+    for seed, folder in enumerate(folders):
+        name = f"model {seed}"
+        if not (folder / "calibration").is_dir():
+            cost = 0.03 * recipe.pretrain.steps + 4
+            tasks.append(Task(name, unlearn.prepare, (folder, seed, recipe), cost=cost))
+        for arm in unlearn.ARMS:
+            if not (folder / options.objective / arm).is_dir():
+                arguments = (folder, seed, options.objective, arm, recipe)
+                cost = 0.08 * recipe.unlearn_steps
+                tasks.append(Task(f"{name}, {arm}", unlearn.unlearn, arguments, after=(name,), cost=cost))
+    workers = min(options.workers or os.cpu_count() or 1, max(len(tasks), 1))
+    _announce(say, options, models, tasks, workers)
+    with _Bar(tasks) as on_progress:
+        run_tasks(tasks, workers, on_progress)
+    results = collect(folders, options.objective, recipe)
+    explain(results, say)
+    page = write_report(output, results, recipe)
+    say(f"\nReport: {page}    ({time.monotonic() - started:.0f} s)")
+    return results
+
+
+def _checked(options: DemoOptions) -> int:
+    """The number of models.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    models = options.models if options.models is not None else 1 if options.quick else 3
+    if models < 1:
+        raise UserError(f"--models: got {models}, allowed are numbers from 1")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers: got {options.workers}, allowed are numbers from 1")
+    if options.objective not in OBJECTIVES:
+        raise UserError(f"--objective: got {options.objective!r}, allowed are {', '.join(OBJECTIVES)}")
+    return models
+
+
+def _claim(output: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Make the folder ours, or see that it is, made with the same recipe."""
+    import trace_kernels
+    from trace_unlearn.files import read_json, refuse_existing, write_json
+
+    made_with = {"demo": trace_kernels.__version__, "recipe": dataclasses.asdict(recipe)}
+    marker = output / MARKER
+    if overwrite and marker.is_file():
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)  # gone in one step, however long the removal takes
+        shutil.rmtree(old)
+    if marker.is_file():
+        if read_json(marker) != made_with:
+            raise UserError(
+                f"--output: {output} holds a demo of another version; give --overwrite to replace it, or "
+                "another --output"
+            )
+        return
+    refuse_existing(output)
+    write_json(marker, made_with)
+
+
+def _announce(
+    say: Callable[[str], None], options: DemoOptions, models: int, tasks: Sequence[Task], workers: int
+) -> None:
+    plural = "s" if models > 1 else ""
+    say(
+        f"demo: {models} tiny Mixture-of-Experts model{plural}, pre-trained on invented facts, then made to forget some"
+        f" of them\n      by {options.objective} with uniform retain weights, with TRACE's, and with TRACE's shuffled "
+        f"over the tokens (control).\n      Output: {options.output}"
+    )
+    if not tasks:
+        say("      All of it is there already; here are its results. --overwrite makes it anew.")
+        return
+    seconds = sum(task.cost for task in tasks) / workers + 10
+    say(f"      {len(tasks)} tasks for {workers} processes, about {seconds / 60:.1f} minutes on a free machine.")
+
+
+class _Bar:
+    """A progress bar over all tasks, in expected seconds, that names what is at work."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=sum(task.cost for task in tasks),
+            bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} (about {remaining} left) {desc}",
+            disable=not tasks,
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+        )
+
+    def __enter__(self) -> Callable[[Sequence[Task], set[str]], None]:
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.set_description_str("", refresh=False)
+        self._bar.close()
+
+    def _update(self, tasks: Sequence[Task], at_work: set[str]) -> None:
+        self._bar.set_description_str(" · ".join(sorted(at_work)), refresh=False)
+        self._bar.update(sum(task.cost * task.done for task in tasks) - self._bar.n)
