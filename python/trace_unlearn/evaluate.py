@@ -29,7 +29,7 @@ class EvaluateOptions:
     """Measure checkpoints on forget and retain data, and write metrics.json.
 
     Attributes:
-        models: the checkpoints to measure: folders or hub names.
+        models: the checkpoint to measure, or several as [A, B]: folders or hub names.
         forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name owner/name[:config].
         retain: the data to keep, likewise.
         output: the folder to write metrics.json into.
@@ -47,7 +47,7 @@ class EvaluateOptions:
         device_map: accelerate's placement over several devices, such as auto, in place of device.
     """
 
-    models: list[str]
+    models: list[str] | str
     forget: str
     retain: str
     output: str
@@ -154,15 +154,16 @@ def main(options: EvaluateOptions) -> None:
     """Measures every checkpoint of `options` and writes `output`/metrics.json, whole or not at all."""
     target = Path(options.output) / "metrics.json"
     files.refuse_existing(target)
-    _check(options)
-    configs = [check_inputs(name, moe=options.base is not None) for name in options.models]
+    models = [options.models] if isinstance(options.models, str) else options.models
+    _check(options, models)
+    configs = [check_inputs(name, moe=options.base is not None) for name in models]
     if options.base is not None:
         check_inputs(options.base)
-    tokenizer = load_tokenizer(options.models[0], configs[0])
-    for name, config in zip(options.models[1:], configs[1:], strict=True):
+    tokenizer = load_tokenizer(models[0], configs[0])
+    for name, config in zip(models[1:], configs[1:], strict=True):
         if load_tokenizer(name, config).get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{name}: its tokenizer is not that of {options.models[0]}: NLLs cannot be compared")
-    print(f"evaluate: {', '.join(options.models)} on {options.forget} and {options.retain} -> {target}")
+            raise UserError(f"{name}: its tokenizer is not that of {models[0]}: NLLs cannot be compared")
+    print(f"evaluate: {', '.join(models)} on {options.forget} and {options.retain} -> {target}")
 
     def read(source: str) -> datasets.Dataset:
         return load_tokens(source, tokenizer, max_length=options.max_length, split=options.split, limit=options.limit)
@@ -179,7 +180,7 @@ def main(options: EvaluateOptions) -> None:
         print(f"evaluate: routing of {options.base}")
         base = routes_of(load(options.base), sets, batch_size=options.batch_size, routing_tokens=options.routing_tokens)
     checkpoints: dict[str, dict[str, Any]] = {}
-    for name in options.models:
+    for name in models:
         print(f"evaluate: measuring {name}")
         checkpoints[name] = evaluate_model(
             load(name),
@@ -238,11 +239,11 @@ def _named(
     return {"forget": forget, "retain": retain, **(others or {})}
 
 
-def _check(options: EvaluateOptions) -> None:
-    if not options.models:
+def _check(options: EvaluateOptions, models: list[str]) -> None:
+    if not models:
         raise UserError("models: got none; name at least one checkpoint")
-    if len(set(options.models)) < len(options.models):
-        raise UserError(f"models: got {', '.join(options.models)}; each may be named once")
+    if len(set(models)) < len(models):
+        raise UserError(f"models: got {', '.join(models)}; each may be named once")
     least = {"batch_size": 1, "max_new_tokens": 0, "max_generations": 1, "routing_tokens": 1}
     for name, bound in least.items():
         value = getattr(options, name)

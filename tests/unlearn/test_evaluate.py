@@ -345,7 +345,7 @@ def test_mistakes_that_need_files(options, tmp_path, checkpoint):
 
 
 def test_dense_models_can_be_measured_without_a_base(options, checkpoint, tmp_path):
-    options.models, options.base = [str(checkpoint("llama"))], None
+    options.models, options.base = str(checkpoint("llama")), None
     evaluate.main(options)
     (measures,) = files.read_json(tmp_path / "run" / "metrics.json")["checkpoints"].values()
     assert "routing_shift" not in measures["forget"]
