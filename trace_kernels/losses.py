@@ -26,7 +26,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def autocast(tensor: torch.Tensor) -> torch.Tensor:
     """What `torch.nn.functional.linear` would do with `tensor` under autocast. Differentiable."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    # torch.amp.is_autocast_available would say so too, but torch.compile cannot trace it in torch 2.11.
+    if tensor.dtype == torch.float64 or kind == "meta":
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
