@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trace_kernels as tk
+from trace_kernels.conformance import discover
 
 T, H, V = 5, 6, 11
 OPS = torch.ops.trace_kernels
@@ -28,41 +29,43 @@ def tensors(dtype=torch.float32, hidden=False, weight=False, bias=None, row_weig
     )
 
 
+#: Of the low-level ops: the definition, and whatever serves the call here.
+VARIANTS = pytest.mark.parametrize("softcap, backend", [(None, "reference"), (2.0, "auto")])
 FLAGS = list(itertools.product(BOTH, BOTH, (None, *BOTH), BOTH))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@VARIANTS
 @pytest.mark.parametrize("hidden, weight, bias, row_weight", FLAGS)
-def test_opcheck_linear(hidden, weight, bias, row_weight, softcap):
+def test_opcheck_linear(hidden, weight, bias, row_weight, softcap, backend):
     arguments = tensors(torch.bfloat16 if softcap else torch.float32, hidden, weight, bias, row_weight)
     options = (-100, softcap, 0.7)
-    torch.library.opcheck(OPS.linear_log_prob, (*arguments, *options, hidden, "reference"))
-    torch.library.opcheck(OPS.linear_log_prob_sum, (*arguments, *options, hidden, weight or bool(bias), "reference"))
+    torch.library.opcheck(OPS.linear_log_prob, (*arguments, *options, hidden, backend))
+    torch.library.opcheck(OPS.linear_log_prob_sum, (*arguments, *options, hidden, weight or bool(bias), backend))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@VARIANTS
 @pytest.mark.parametrize("hidden, weight, row_weight", list(itertools.product(BOTH, BOTH, BOTH)))
-def test_opcheck_kl(hidden, weight, row_weight, softcap):
+def test_opcheck_kl(hidden, weight, row_weight, softcap, backend):
     policy_hidden, policy_weight, _, _, rows = tensors(torch.float32, hidden, weight, None, row_weight)
     arguments = (policy_hidden, policy_weight, torch.randn(T, 3), torch.randn(V, 3), rows, softcap, 0.7)
-    torch.library.opcheck(OPS.linear_kl, (*arguments, hidden, "reference"))
-    torch.library.opcheck(OPS.linear_kl_sum, (*arguments, hidden, weight, "reference"))
+    torch.library.opcheck(OPS.linear_kl, (*arguments, hidden, backend))
+    torch.library.opcheck(OPS.linear_kl_sum, (*arguments, hidden, weight, backend))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@VARIANTS
 @pytest.mark.parametrize("needs_gradient", BOTH)
-def test_opcheck_cross_entropy(needs_gradient, softcap):
+def test_opcheck_cross_entropy(needs_gradient, softcap, backend):
     logits = torch.randn(T, V, requires_grad=needs_gradient)
     target = tensors()[3]
-    torch.library.opcheck(OPS.cross_entropy, (logits, target, -100, softcap, 0.7, False, "reference"))
+    torch.library.opcheck(OPS.cross_entropy, (logits, target, -100, softcap, 0.7, False, backend))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@VARIANTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_backward(dtype, softcap):
+def test_opcheck_backward(dtype, softcap, backend):
     hidden, weight, bias, target, _ = tensors(dtype, bias=False)
     grad, lse = torch.randn(T), torch.randn(T)
-    options = (softcap, 0.7, "reference")
+    options = (softcap, 0.7, backend)
     for head_bias in (None, bias):
         arguments = (hidden, weight, head_bias, target, lse, grad, -100, *options)
         torch.library.opcheck(OPS.linear_log_prob_backward_weight, arguments)
@@ -247,3 +250,18 @@ def test_refusals_name_the_argument(function, arguments, options, error, message
 def test_unknown_backend(function, arguments):
     with pytest.raises(tk.BackendError, match="allowed are 'auto'"):
         function(*arguments, backend="fastest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "linear_kl", "linear_log_prob"])
+def test_peers_compute_the_same(name):
+    """A benchmark against a peer that computes something else would say nothing."""
+    op = discover()[name]
+    cases = [case for case in op.cases if case.name in ("batch", "normalizer", "expanded_weights")]
+    for peer, case in itertools.product(op.peers.values(), cases):
+        call = case.call()
+        try:
+            got = peer(*call.args, **call.kwargs)
+        except ImportError:
+            continue
+        torch.testing.assert_close(got, op.eager(*call.args, **call.kwargs))
