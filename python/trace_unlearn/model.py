@@ -43,7 +43,7 @@ def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True) -> P
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder or name))
     except Exception as error:  # a foreign file, a network
-        raise UserError(f"{name}: cannot load its configuration: {_reason(error)}") from error
+        raise UserError(_unloaded(name, folder, "its configuration", error)) from error
     if moe and not _has_experts(config.to_dict()):
         raise UserError(
             f"{name}: a dense model ({config.model_type}): its configuration names no experts; "
@@ -122,7 +122,7 @@ def load_tokenizer(
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder or name))
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a foreign file, a network
-        raise UserError(f"{name}: cannot load the tokenizer: {_reason(error)}") from error
+        raise UserError(_unloaded(name, folder, "the tokenizer", error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     rows = None if model is None else _embedding_rows(model)
@@ -219,6 +219,11 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device: got {str(device)!r}; it is not there: {_reason(error)}") from error
     return chosen
+
+
+def _unloaded(name: str, folder: Path | None, what: str, error: Exception) -> str:
+    where = "" if folder is not None else "no such folder, and from the hub "
+    return f"{name}: {where}cannot load {what}: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

@@ -77,7 +77,7 @@ def test_places_without_a_checkpoint(tmp_path):
     for call in (check_inputs, load_model, load_tokenizer):
         with pytest.raises(UserError, match=r"absent: no such folder"):
             call(tmp_path / "absent")
-        with pytest.raises(UserError, match=r"nobody/nothing: cannot load"):
+        with pytest.raises(UserError, match=r"nobody/nothing: no such folder, and from the hub cannot load"):
             call("nobody/nothing")
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"file: a file; a checkpoint is a folder"):
