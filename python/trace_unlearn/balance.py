@@ -17,7 +17,7 @@ balancing: Hainmueller 2012.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ Array = npt.NDArray[np.float64]
 _CHUNK = 1 << 14  # rows of hit bits that are float64 at a time
 _LARGEST_RIDGE = 1e8
 _ESS_SLACK = 1e-5  # how close above its bound the search brings the effective sample size
+_ROUGH, _EXACT = 1e-6, 1e-11  # the largest entry of the gradient, during the search and at its end
 _LARGEST_EXPONENT = 80.0  # of a weight: exp of it and of its negative are float32 numbers
 
 
@@ -68,10 +69,11 @@ class Patterns:
 
     def second_moments(self, weights: Array) -> Array:
         """[M, M]: mean over tokens of w_t a_t a_t^T."""
-        mass = self.counts * weights / self.total
+        # In float32 products: Newton's direction may be inexact, its gradient is not.
+        mass = (self.counts * weights / self.total).astype(np.float32)
         total = np.zeros((self.bits.shape[1],) * 2)
         for i in range(0, len(self.bits), _CHUNK):
-            rows = self.bits[i : i + _CHUNK].astype(np.float64)
+            rows = self.bits[i : i + _CHUNK].astype(np.float32)
             total += (rows * mass[i : i + _CHUNK, None]).T @ rows
         return total
 
@@ -118,22 +120,32 @@ def balance(patterns: Patterns, target: Array, *, ridge: float, min_ess: float, 
     def keeps(found: Balance) -> bool:
         return found.ess >= min_ess and found.largest_exponent <= _LARGEST_EXPONENT
 
-    zero = np.zeros(patterns.bits.shape[1])
-    found = _solve(patterns, target, ridge, cap, zero)
-    if keeps(found):
-        return found
-    low, kept = ridge, Balance(zero, _LARGEST_RIDGE, 1.0, 0.0)
-    while kept.ess > min_ess + _ESS_SLACK and kept.ridge / low > 1 + 1e-5:
+    low, kept = ridge, Balance(np.zeros(patterns.bits.shape[1]), _LARGEST_RIDGE, 1.0, 0.0)
+    # Down from a large ridge, where the solution is near uniform and each one starts the next.
+    falling = max(1.0, ridge)
+    while True:
+        found = _solve(patterns, target, falling, cap, kept.coefficients, _ROUGH)
+        if not keeps(found):
+            low = falling
+            break
+        kept = found
+        if falling <= ridge:
+            break
+        falling = max(falling / 8, ridge)
+    while low < kept.ridge * (1 - 1e-5) and kept.ess > min_ess + _ESS_SLACK:
         middle = float(np.sqrt(low * kept.ridge))
-        found = _solve(patterns, target, middle, cap, kept.coefficients)
+        found = _solve(patterns, target, middle, cap, kept.coefficients, _ROUGH)
         if keeps(found):
             kept = found
         else:
             low = middle
-    return kept
+    # The rough solutions placed the ridge; this one is exact, and may fall below the bound by as much as they were off.
+    while not keeps(found := _solve(patterns, target, kept.ridge, cap, kept.coefficients, _EXACT)):
+        kept = replace(found, ridge=kept.ridge * (1 + 1e-4))
+    return found
 
 
-def _solve(patterns: Patterns, target: Array, ridge: float, cap: float, start: Array) -> Balance:
+def _solve(patterns: Patterns, target: Array, ridge: float, cap: float, start: Array, tolerance: float) -> Balance:
     """Damped Newton on the dual, mu eliminated."""
 
     def gradient_at(coefficients: Array, weights: Array) -> Array:
@@ -143,7 +155,7 @@ def _solve(patterns: Patterns, target: Array, ridge: float, cap: float, start: A
     value, mu, weights = _dual(patterns, target, ridge, cap, coefficients)
     gradient = gradient_at(coefficients, weights)
     for _ in range(500):
-        if np.abs(gradient).max() <= 1e-11:
+        if np.abs(gradient).max() <= tolerance:
             break
         step = -np.linalg.solve(_hessian(patterns, ridge, cap, coefficients, mu, weights), gradient)
         slope = float(gradient @ step)
