@@ -27,7 +27,7 @@ def batch(B=3, S=7, pad="right", seed=0, labels=False):
         mask = mask.flip(1)
     out = {"input_ids": input_ids.masked_fill(mask == 0, 0), "attention_mask": mask}
     if labels:
-        out["labels"] = input_ids.masked_fill(mask == 0, -100)
+        out["labels"] = input_ids.clone()  # at padding too: the attention mask must rule it out
         out["labels"][:, :3] = -100
         out["labels"][0, 5] = -100
     return out
