@@ -427,3 +427,23 @@ def test_normalizer_is_a_constant():
     loss = tk.linear_cross_entropy(hidden, weight, target, token_weight.requires_grad_(), normalizer=normalizer)
     torch.testing.assert_close(loss * 3, tk.linear_cross_entropy(hidden, weight, target, token_weight, reduction="sum"))
     assert torch.autograd.grad(loss, normalizer, allow_unused=True) == (None,)
+
+
+@LOSSES
+@REDUCTIONS
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_that_do_not_count_might_as_well_be_absent(loss, reduction, weighted):
+    hidden, weight, target, token_weight = inputs()
+    token_weight = token_weight if weighted else None
+    counted = target != -100
+    g = torch.Generator().manual_seed(5)
+    ref_hidden, ref_weight = (torch.randn(n, 4, generator=g).to(hidden.dtype) for n in (T, V))
+    result = loss(hidden, weight, target, token_weight, reduction=reduction)
+    rest = (hidden[counted], weight, target[counted], None if token_weight is None else token_weight[counted])
+    if loss is kl:
+        alone = tk.linear_kl(rest[0], weight, ref_hidden[counted], ref_weight, rest[3], reduction=reduction)
+    else:
+        alone = loss(*rest, reduction=reduction)
+    torch.testing.assert_close(result[counted] if reduction == "none" else result, alone)
+    got = torch.autograd.grad(result.sum(), (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(alone.sum(), (hidden, weight)))
