@@ -1,4 +1,5 @@
 // record_routing_ on the CPU: expert counts and token scores from indices that the model chose.
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
@@ -25,24 +26,33 @@ void record(const Index* indices, const RecordRouting& p, int num_threads) {
   constexpr int64_t kGrain = 4096;  // tokens below which a thread costs more than it saves
   const int64_t useful = (p.num_tokens + kGrain - 1) / kGrain;
   const int threads = static_cast<int>(useful < num_threads ? (useful < 1 ? 1 : useful) : num_threads);
+  // Skipped entries go to one more bin, of value 0: no branch on data.
+  const int64_t skipped = p.num_experts;
+  std::vector<float> table(skipped + 1, 0.0f);
+  if (p.table != nullptr) std::copy(p.table, p.table + skipped, table.begin());
   std::vector<std::vector<int64_t>> partial(threads);
   parallel(threads, [&](int thread, int of) {
-    std::vector<int64_t>& local = partial[thread];
-    local.assign(p.num_experts, 0);
+    // Two histograms in turn: tokens in a row that choose the same expert do not wait for each other's store.
+    std::vector<int64_t> bins(2 * (skipped + 1), 0);
     const Range range = split(p.num_tokens, thread, of);
+    const int64_t top_k = p.top_k, stride = p.indices_stride_k;  // in registers: the counts might alias p
     for (int64_t t = range.begin; t < range.end; ++t) {
       const Index* row = indices + t * p.indices_stride_t;
-      const bool counted = p.mask == nullptr || p.mask[t * p.mask_stride];
+      const int64_t counted = p.mask == nullptr || p.mask[t * p.mask_stride] ? 1 : 0;
+      int64_t* mine = bins.data() + (t & 1) * (skipped + 1);
       float sum = 0.0f;
-      for (int64_t j = 0; j < p.top_k; ++j) {
+      for (int64_t j = 0; j < top_k; ++j) {
         // Negative and too large entries (identity experts, sentinels) both fail this one comparison.
-        const auto e = static_cast<uint64_t>(static_cast<int64_t>(row[j * p.indices_stride_k]));
-        if (e >= static_cast<uint64_t>(p.num_experts)) continue;
-        local[e] += counted;
-        if (p.table != nullptr) sum += p.table[e];
+        const auto index = static_cast<uint64_t>(static_cast<int64_t>(row[j * stride]));
+        const uint64_t e = std::min(index, static_cast<uint64_t>(skipped));
+        mine[e] += counted;
+        sum += table[e];
       }
       if (p.score != nullptr) p.score[t * p.score_stride] += sum;
     }
+    std::vector<int64_t>& local = partial[thread];
+    local.resize(skipped);
+    for (int64_t e = 0; e < skipped; ++e) local[e] = bins[e] + bins[skipped + 1 + e];
   });
   for (const std::vector<int64_t>& local : partial) {
     for (size_t e = 0; e < local.size(); ++e) p.counts[e * p.counts_stride] += local[e];

@@ -77,8 +77,8 @@ void backward(const RouterGradient& p, int num_threads) {
   const RouterKernels& kernels = router_kernels();
   const int threads = useful_threads(p.num_tokens, p.num_experts, num_threads);
   parallel(threads, [&](int thread, int of) {
-    std::vector<float> upstream(p.top_k);
-    kernels.backward(p, split(p.num_tokens, thread, of), upstream.data());
+    std::vector<float> scratch(row_capacity(p.top_k));
+    kernels.backward(p, split(p.num_tokens, thread, of), scratch.data());
   });
 }
 

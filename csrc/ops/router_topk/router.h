@@ -66,7 +66,7 @@ struct RouterScratch {
 
 struct RouterKernels {
   void (*forward)(const Router& p, const Range& tokens, const RouterScratch& scratch);
-  void (*backward)(const RouterGradient& p, const Range& tokens, float* row);
+  void (*backward)(const RouterGradient& p, const Range& tokens, float* scratch);  // row_capacity(k) numbers
 };
 
 }  // namespace tk

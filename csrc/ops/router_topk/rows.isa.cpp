@@ -17,6 +17,17 @@ TK_INLINE vi iota() {
   return v;
 }
 
+// The sum of all lanes, in registers where there is a shuffle.
+TK_INLINE float total_of(vf v) {
+#if defined(__AVX512F__)
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    v += _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(iota() ^ half), v);
+  return v[0];
+#else
+  return sum_lanes(v);
+#endif
+}
+
 // Bit i: lane i of x is at least `low`.
 TK_INLINE uint32_t at_least_mask(vi x, int32_t low) {
 #if defined(__AVX512F__)
@@ -72,7 +83,7 @@ void softmax_stats(const float* z, int64_t n, float stats[2]) {
     sum += term;
   }
   stats[0] = maximum;
-  stats[1] = sum_lanes(sum);
+  stats[1] = total_of(sum);
 }
 
 TK_INLINE vf square_root(vf x) {
@@ -249,11 +260,14 @@ void make_choice(const Router& p, const RouterScratch& scratch) {
 
 // ---- forward
 
+// Writes a vector at element `at`, of which `count` lanes count; memory up to element `limit` may be written: rows are
+// filled in order, so what lands in the next row is overwritten by it.
 template <Type T>
-TK_INLINE void store_some(void* p, int64_t at, vf v, int64_t count) {
-  if (count >= kLanes) return store_float<T>(p, at, v);
+TK_INLINE void store_part(void* p, int64_t at, vf v, int64_t count, int64_t limit) {
+  if (at + kLanes <= limit) return store_float<T>(p, at, v);
   char raw[kLanes * 4];
   store_float<T>(raw, 0, v);
+  if (count > kLanes) count = kLanes;
   __builtin_memcpy(static_cast<char*>(p) + at * size_of(T), raw, static_cast<size_t>(count * size_of(T)));
 }
 
@@ -297,7 +311,7 @@ void forward(const Router& p, const Range& tokens, const RouterScratch& scratch)
         store(chosen + j, e);
         total += e;
       }
-      const vf inverse = splat(1.0f / sum_lanes(total));
+      const vf inverse = splat(1.0f / total_of(total));
       for (int64_t j = 0; j < k; j += kLanes) store(chosen + j, load<vf>(chosen + j) * inverse);
       sum = 1.0f;
     } else {
@@ -307,8 +321,8 @@ void forward(const Router& p, const Range& tokens, const RouterScratch& scratch)
     const vf factor = splat(p.renormalize ? p.scale / (sum + p.eps) : p.scale);
     for (int64_t j = 0; j < k; j += kLanes) {
       const vf value = load<vf>(chosen + j);
-      store_some<Out>(p.weights, t * k + j, value * factor, k - j);
-      if (p.chosen != nullptr) store_some<Type::f32>(p.chosen, t * k + j, value, k - j);
+      store_part<Out>(p.weights, t * k + j, value * factor, k - j, tokens.end * k);
+      if (p.chosen != nullptr) store_part<Type::f32>(p.chosen, t * k + j, value, k - j, tokens.end * k);
     }
     if (p.stats != nullptr) {
       p.stats[t * 2] = stats[0];
@@ -363,18 +377,26 @@ TK_INLINE float load_one(const void* p, int64_t at) {
   return out;
 }
 
-TK_INLINE float load_any(const void* p, Type type, int64_t at) {
-  return type == Type::f32    ? load_one<Type::f32>(p, at)
-         : type == Type::bf16 ? load_one<Type::bf16>(p, at)
-                              : load_one<Type::f16>(p, at);
+// kLanes numbers from element `at` of an array of `size`, zeros beyond its end.
+template <Type T>
+TK_INLINE vf load_part(const void* p, int64_t at, int64_t size) {
+  if (at + kLanes <= size) return load_as_float<T>(p, at);
+  char raw[kLanes * 4] = {};
+  const int64_t left = size - at;
+  __builtin_memcpy(raw, static_cast<const char*>(p) + at * size_of(T), static_cast<size_t>(left * size_of(T)));
+  return load_as_float<T>(raw, 0);
 }
 
 // d score / d logit from the score; for the softmaxes without the part that runs along all of them.
-TK_INLINE float slope(Score function, float s) {
+TK_INLINE vf slope(Score function, vf s) {
   if (function == Score::sigmoid) return s * (1.0f - s);
-  // s^2 = log(1 + e^z)
-  if (function == Score::sqrtsoftplus) return s == 0.0f ? 0.0f : -__builtin_expm1f(-s * s) / (2.0f * s);
-  return s;
+  if (function != Score::sqrtsoftplus) return s;
+  // s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s); near 0 by its series.
+  const vf x = s * s;
+  vf series = splat(1.0f);
+  for (int n = 9; n >= 2; --n) series = 1.0f - series * x * (1.0f / static_cast<float>(n));
+  const vf small = 0.5f * s * series, large = (1.0f - exp_vec(-x)) / (2.0f * s);
+  return x < splat(0.35f) ? small : large;
 }
 
 // out[e] = -e^(z[e] - top) * factor
@@ -390,24 +412,40 @@ void dense_row(const RouterGradient& p, int64_t t, float top, float factor, char
     } else {
       for (int i = 0; i < kLanes && i < left; ++i) z[i] = load_one<T>(row, (e + i) * p.stride_e);
     }
-    store_some<T>(out, e, exp_vec(z - top) * -factor, left);
+    store_part<T>(out, e, exp_vec(z - top) * -factor, left, p.num_experts);
   }
 }
 
-template <Type T>
-void backward(const RouterGradient& p, const Range& tokens, float* upstream) {
-  const int64_t E = p.num_experts, k = p.top_k;
+// A call to memset for every row costs more than the stores.
+TK_INLINE void clear(char* out, size_t bytes) {
+  size_t i = 0;
+  for (; i + sizeof(vf) <= bytes; i += sizeof(vf)) store(out + i, vf{});
+  for (; i < bytes; ++i) out[i] = 0;
+}
+
+template <Type T, Type G>
+void backward(const RouterGradient& p, const Range& tokens, float* scratch) {
+  const int64_t E = p.num_experts, k = p.top_k, chosen_size = p.num_tokens * k;
   const size_t row_bytes = static_cast<size_t>(E) * size_of(T);
+  const bool contiguous = p.grad_stride_k == 1 && p.grad_stride_t == k;
+  const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
   for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-    const float* chosen = p.chosen + t * k;
-    const int64_t* indices = p.indices + t * k;
-    float sum = 0.0f, weighted = 0.0f;
-    for (int64_t j = 0; j < k; ++j) {
-      upstream[j] = load_any(p.grad_weights, p.grad_type, t * p.grad_stride_t + j * p.grad_stride_k);
-      sum += chosen[j];
-      weighted += upstream[j] * chosen[j];
+    if (!contiguous) {
+      for (int64_t j = 0; j < k; ++j)
+        scratch[j] = load_one<G>(p.grad_weights, t * p.grad_stride_t + j * p.grad_stride_k);
     }
-    const float denominator = p.renormalize ? sum + p.eps : 1.0f;
+    const auto upstream = [&](int64_t j) {
+      return contiguous ? load_part<G>(p.grad_weights, t * k + j, chosen_size) : load<vf>(scratch + j);
+    };
+    vf sums = {}, products = {};
+    for (int64_t j = 0; j < k; j += kLanes) {
+      const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size), product = upstream(j) * s;
+      const auto mine = iota() < static_cast<int32_t>(k - j);  // the rest belongs to the next row
+      sums += mine ? s : vf{};
+      products += mine ? product : vf{};
+    }
+    const float weighted = total_of(products);
+    const float denominator = p.renormalize ? total_of(sums) + p.eps : 1.0f;
     const float factor = p.scale / denominator;
     const float mean = p.renormalize ? weighted / denominator : 0.0f;
     // sum_j s_j d s_j without the cancellation.
@@ -416,29 +454,40 @@ void backward(const RouterGradient& p, const Range& tokens, float* upstream) {
     if (p.logits != nullptr) {
       dense_row<T>(p, t, p.stats[t * 2], along / p.stats[t * 2 + 1], out);
     } else {
-      __builtin_memset(out, 0, row_bytes);
+      clear(out, row_bytes);
     }
-    const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
     const float back = softmax ? along : 0.0f;
-    for (int64_t j = 0; j < k; ++j) {
-      const float value = slope(p.score_function, chosen[j]) * (factor * (upstream[j] - mean) - back);
-      if constexpr (T == Type::f32) {
-        reinterpret_cast<float*>(out)[indices[j]] = value;
-      } else {
-        reinterpret_cast<uint16_t*>(out)[indices[j]] = T == Type::f16 ? float_to_half(value) : to_bf16(splat(value))[0];
-      }
+    for (int64_t j = 0; j < k; j += kLanes) {
+      const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size);
+      char values[kLanes * 4];
+      store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - mean) * factor - back));
+      const int64_t count = k - j < kLanes ? k - j : kLanes;
+      for (int64_t i = 0; i < count; ++i)
+        __builtin_memcpy(out + p.indices[t * k + j + i] * size_of(T), values + i * size_of(T), size_of(T));
     }
   }
 }
 
-void backward_rows(const RouterGradient& p, const Range& tokens, float* row) {
+template <Type T>
+void backward_to(const RouterGradient& p, const Range& tokens, float* scratch) {
+  switch (p.grad_type) {
+    case Type::f32:
+      return backward<T, Type::f32>(p, tokens, scratch);
+    case Type::bf16:
+      return backward<T, Type::bf16>(p, tokens, scratch);
+    case Type::f16:
+      return backward<T, Type::f16>(p, tokens, scratch);
+  }
+}
+
+void backward_rows(const RouterGradient& p, const Range& tokens, float* scratch) {
   switch (p.type) {
     case Type::f32:
-      return backward<Type::f32>(p, tokens, row);
+      return backward_to<Type::f32>(p, tokens, scratch);
     case Type::bf16:
-      return backward<Type::bf16>(p, tokens, row);
+      return backward_to<Type::bf16>(p, tokens, scratch);
     case Type::f16:
-      return backward<Type::f16>(p, tokens, row);
+      return backward_to<Type::f16>(p, tokens, scratch);
   }
 }
 
