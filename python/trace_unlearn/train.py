@@ -320,7 +320,7 @@ def _trainer(
         config=inputs.config,
         forget=inputs.forget,
         retain=inputs.retain,
-        calibration=inputs.calibration,
+        calibration=inputs.calibration if options.weighting == "live" else None,  # else attached already
         processing_class=inputs.tokenizer,
     )
 

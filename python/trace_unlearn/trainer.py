@@ -14,8 +14,6 @@ from typing import Any
 import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from trace_unlearn import checkpoints
@@ -101,9 +99,9 @@ class TraceTrainer(Trainer):
         model: a causal LM with MoE layers (any causal LM for weighting="uniform"), or a peft model around one.
         args: TrainingArguments.
         config: TraceConfig.
-        forget, retain: tokenised datasets, see `data.load_tokens`. For weighting="reference" retain has the column
-            token_weight, or `calibration` is given.
-        calibration: the Calibration, needed for weighting="live".
+        forget, retain: tokenised datasets, see `data.load_tokens`. A column token_weight of retain is used with
+            weighting="reference" when no `calibration` is given.
+        calibration: the Calibration of this retain set; needed for weighting="live".
         processing_class: the tokenizer; saved with the checkpoints.
         callbacks, optimizers: as in Trainer.
 
@@ -111,10 +109,19 @@ class TraceTrainer(Trainer):
         UserError: options and data that do not fit each other; the message names them.
 
     Example:
-        trainer = TraceTrainer(model, TrainingArguments("run", max_steps=100, learning_rate=1e-5),
-                               config=TraceConfig(objective="npo", alpha=8.0), forget=forget, retain=retain,
-                               calibration=Calibration.load("calibration"), processing_class=tokenizer)
-        trainer.train(resume_from_checkpoint=True)
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                                      num_attention_heads=2, num_key_value_heads=2))
+        >>> forget, retain = (
+        ...     datasets.Dataset.from_dict({"input_ids": [ids], "labels": [ids]}) for ids in ([1, 2, 3], [4, 5, 6])
+        ... )
+        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True)
+        >>> config = TraceConfig(objective="npo", weighting="uniform")  # a dense model has no routing to weigh by
+        >>> trainer = TraceTrainer(model, args, config=config, forget=forget, retain=retain)
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> trainer.train(resume_from_checkpoint=True).global_step
+        2
     """
 
     loss_is_scaled_for_ga = True  # by the totals of the whole step
@@ -141,6 +148,7 @@ class TraceTrainer(Trainer):
         self._use_cache = getattr(model.config, "use_cache", True)  # which Trainer turns off
         self._takes_router_logits = hasattr(model.config, "output_router_logits")
         args.remove_unused_columns = False  # a row is a forget document with its retain documents
+        args.logging_nan_inf_filter = False  # a diverged run must not look like a flat one
         if args.n_gpu > 1:
             args._n_gpu = 1  # several GPUs: one process each (torchrun, accelerate launch), not nn.DataParallel
         self.pairs = PairDataset(
@@ -183,12 +191,6 @@ class TraceTrainer(Trainer):
             with self.args.main_process_first(desc="looking for checkpoints"):
                 found = checkpoints.last_complete(self._run_folder, remove_partial=self.args.should_save)
             resume_from_checkpoint = None if found is None else str(found)
-        if resume_from_checkpoint and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
-                self._load_from_checkpoint(resume_from_checkpoint)  # Trainer's loop would go one step too far
-                self.state = state
-                return TrainOutput(state.global_step, float("nan"), {})
         with self._live or contextlib.nullcontext():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -204,6 +206,9 @@ class TraceTrainer(Trainer):
     def get_batch_samples(  # type: ignore[override]  # what comes second reaches compute_loss, and nothing else
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], StepTotals]:
+        if self.state.global_step >= self.state.max_steps:  # resumed when done: Trainer's loop looks only after a step
+            self.control.should_training_stop = True
+            num_batches = 0
         batches = list(itertools.islice(epoch_iterator, num_batches))
         totals = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in batches:
@@ -299,14 +304,16 @@ class TraceTrainer(Trainer):
     def save_unlearned(self, output: PathLike, facts: Mapping[str, Any] | None = None) -> None:
         """Writes the final checkpoint in one step: model, tokenizer and trace.json (config, `facts`, log).
 
-        Adapters are merged into the model, so nothing can be trained afterwards. Call it on all processes.
+        Adapters are merged into the model, so nothing can be trained afterwards; from a sharded model (FSDP,
+        DeepSpeed) they are written as they are. Call it on all processes.
         """
         state = None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded:
             state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
             model: Any = self.accelerator.unwrap_model(self.model)
-            if hasattr(model, "merge_and_unload"):
+            if hasattr(model, "merge_and_unload") and not sharded:
                 model = model.merge_and_unload()
             model.config.use_cache = self._use_cache
             with staged_folder(output) as folder:
@@ -362,14 +369,14 @@ def _weighted(retain: datasets.Dataset, config: TraceConfig, calibration: Calibr
         raise UserError("calibration: weighting 'live' needs one")
     if config.weighting != "reference":
         return retain.remove_columns("token_weight") if "token_weight" in retain.column_names else retain
-    if "token_weight" in retain.column_names:
-        return retain
-    if calibration is None:
+    if calibration is not None:
+        return attach_weights(retain, calibration)
+    if "token_weight" not in retain.column_names:
         raise UserError(
             "calibration: weighting 'reference' needs one (or a retain set with the column token_weight, from "
             "attach_weights); weighting 'uniform' needs none"
         )
-    return attach_weights(retain, calibration)
+    return retain
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:

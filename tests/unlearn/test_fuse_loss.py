@@ -1,4 +1,8 @@
 import copy
+import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -283,6 +287,73 @@ def test_peft(batch):
         fuse_loss(adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]))
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma2"])
+def test_offloaded_weights(family, batch):
+    """Hooks bring the weights of a module, the output embedding's too, into memory only while it is called."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build(family, tie_word_embeddings=False)
+    with torch.no_grad():
+        expected = model(**batch)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert model.lm_head.weight.is_meta
+        undo = fuse_loss(model)
+        found = model(**batch)
+        assert found.logits is None
+        torch.testing.assert_close(found.loss, expected.loss)
+        with undo.log_probs():
+            assert model(**batch).loss.shape == batch["labels"].shape
+        undo()
+        assert torch.equal(model(**batch).logits, expected.logits)
+
+
+SHARDED_PROGRAM = """
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, sys.argv[1])
+import tiny
+
+from trace_unlearn.integrations import fuse_loss
+
+torch.set_num_threads(1)
+mesh = init_device_mesh("cpu", (2,))
+ids = torch.randint(3, 80, (2, 9), generator=torch.Generator().manual_seed(1))
+plain, fused = tiny.model("qwen3_moe", 80), tiny.model("qwen3_moe", 80)
+expected = plain(input_ids=ids, labels=ids).loss
+expected.backward()
+handle = fuse_loss(fused)
+for part in (*fused.model.layers, fused.lm_head, fused):  # the output embedding is whole during its own call only
+    fully_shard(part, mesh=mesh)
+mine = ids[dist.get_rank() :][:1]
+outputs = fused(input_ids=mine, labels=mine)
+outputs.loss.backward()
+assert outputs.logits is None
+mean = outputs.loss.detach().clone()
+dist.all_reduce(mean)
+torch.testing.assert_close(mean / 2, expected.detach())
+gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+for name, parameter in fused.named_parameters():
+    torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-4, atol=2e-6)
+with handle.log_probs():
+    log_probs = fused(input_ids=mine, labels=mine).loss
+torch.testing.assert_close(-log_probs.sum() / 8, outputs.loss)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_over_two_processes(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED_PROGRAM)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, program, Path(tiny.__file__).parent], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_refusals(batch):
     model = build("llama")
     fuse_loss(model)
@@ -290,6 +361,10 @@ def test_refusals(batch):
         fuse_loss(model)
     with pytest.raises(UserError, match="Linear, allowed is a transformers model"):
         fuse_loss(torch.nn.Linear(2, 2))
+    wrapped = build("llama")
+    wrapped.forward = functools.partial(wrapped.forward)
+    with pytest.raises(UserError, match="the forward of this LlamaForCausalLM is replaced"):
+        fuse_loss(wrapped)
     with pytest.raises(UserError, match="LlamaModel does not compute a next-token loss"):
         fuse_loss(build("llama").model)
     musicgen = MusicgenDecoderConfig(

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,7 @@ class FusedLoss:
         for module in (self._model, self._head):
             module.__class__ = type(module).__bases__[1]
             del module.__dict__[_STATE]
+            _point_hooks_to_the_class(module)
 
     @contextlib.contextmanager
     def log_probs(self) -> Iterator[None]:
@@ -155,7 +157,8 @@ class PendingLogits:
             if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(weight.dtype)  # from a model that casts its logits, and so these, to float32
             if per_token:
-                return tk.linear_log_prob(hidden, weight, target, bias=bias, **options)
+                # Cloned, since FSDP warns of a module that returns a view.
+                return tk.linear_log_prob(hidden, weight, target, bias=bias, **options).clone()
             return tk.linear_cross_entropy(hidden, weight, target, bias=bias, normalizer=num_items_in_batch, **options)
 
         # Through the module's call: hooks on it (FSDP, offloading) make the weight available only during that.
@@ -251,11 +254,7 @@ def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     takes_labels = "labels" in inspect.signature(causal_lm.forward).parameters
     if not takes_labels or causal_lm.loss_function is not ForCausalLMLoss:
         raise UserError(f"fuse_loss: {name} does not compute a next-token loss from labels; allowed are causal LMs")
-    if "forward" in causal_lm.__dict__:
-        raise UserError(
-            f"fuse_loss: the forward of this {name} is wrapped already (by accelerate, a device map over several "
-            "devices or offloading); fuse first, wrap then"
-        )
+    _refuse_foreign_wrapper(causal_lm, f"this {name}")
     return causal_lm
 
 
@@ -270,17 +269,25 @@ def _output_embedding(model: PreTrainedModel) -> torch.nn.Linear:
             f"fuse_loss: the output embedding of {type(model).__name__} is a {name}, "
             f"allowed is a torch.nn.Linear{reason}"
         )
-    if "forward" in head.__dict__:
-        raise UserError(
-            f"fuse_loss: the forward of the output embedding of {type(model).__name__} is wrapped already (a device "
-            "map over several devices or offloading); fuse first, wrap then"
-        )
+    _refuse_foreign_wrapper(head, f"the output embedding of {type(model).__name__}")
     return head
+
+
+def _refuse_foreign_wrapper(module: torch.nn.Module, what: str) -> None:
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise UserError(f"fuse_loss: the forward of {what} is replaced by another tool; fuse first, wrap then")
 
 
 def _become(module: torch.nn.Module, cls: type, state: _State) -> None:
     module.__dict__[_STATE] = state
     module.__class__ = cls
+    _point_hooks_to_the_class(module)
+
+
+def _point_hooks_to_the_class(module: torch.nn.Module) -> None:
+    # accelerate's hooks (device maps, offloading) replace an instance's forward by a wrapper around `_old_forward`.
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _subclass(cls: type, **members: Any) -> type:
