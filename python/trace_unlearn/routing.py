@@ -31,6 +31,10 @@ _UNSUPPORTED = {
 }
 
 
+# Its router sends a token that skips the layer to expert 0 with weight 0.
+_SKIPS_WITH_WEIGHT_ZERO = ("ZayaExperts",)
+
+
 @dataclass(frozen=True)
 class MoELayer:
     """One MoE layer of a model.
@@ -162,7 +166,8 @@ class RoutingRecorder:
         layers: the MoE layers, in the order of the first axis of everything here.
         counts: [L, E] int64, over all forwards since the last `reset`; kept after the context ends.
         token_scores: [B, S] float32 of the last forward, or None without a table.
-        routes: [B, S, L, k] int64 of the last forward with `store_routes`, else None; -1 pads layers of smaller k.
+        routes: [B, S, L, k] int64 of the last forward with `store_routes`, else None; -1 is no expert: it pads
+            layers of smaller k, and marks tokens that skip a layer.
 
     Raises:
         UserError: a dense model, a family that cannot be observed, a table that does not fit.
@@ -303,7 +308,8 @@ class RoutingRecorder:
     def _experts_hook(self, number: int) -> Any:
         layer = self.layers[number]
         names = _argument_names(layer.experts_module)
-        index_name = names[1]
+        index_name, weight_name = names[1:3]
+        skips = type(layer.experts_module).__name__.endswith(_SKIPS_WITH_WEIGHT_ZERO)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if not self._open:
@@ -315,6 +321,9 @@ class RoutingRecorder:
                     )
                 return
             indices = args[1] if len(args) > 1 else kwargs[index_name]
+            if skips:
+                weights = args[2] if len(args) > 2 else kwargs[weight_name]
+                indices = indices.masked_fill(weights == 0, -1)
             indices = indices.detach().reshape(-1, indices.shape[-1])
             expected = self._shape[0] * self._shape[1]
             if indices.shape[0] != expected or self._rows[number] >= 0:

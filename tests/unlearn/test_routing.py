@@ -8,7 +8,16 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DbrxConfig, GptOssConfig, JetMoeConfig, Llama4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DbrxConfig,
+    DogeConfig,
+    GptOssConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
+    SwitchTransformersConfig,
+)
 
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing import RoutingRecorder, moe_layers
@@ -331,12 +340,15 @@ COMMON = {
 REFUSED = {
     "llama4": Llama4TextConfig(**COMMON, num_local_experts=4, intermediate_size_mlp=16, moe_layers=[0, 1]),
     "jetmoe": JetMoeConfig(**{**COMMON, "kv_channels": 8}, num_local_experts=4),
+    "doge": DogeConfig(**COMMON, is_moe=True, num_experts=16, num_experts_per_tok=2),
+    "switch": SwitchTransformersConfig(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=16, num_layers=2, num_heads=4),
 }
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_families_without_indices_are_refused(family):
-    model = AutoModelForCausalLM.from_config(REFUSED[family])
+    kind = AutoModelForSeq2SeqLM if family == "switch" else AutoModelForCausalLM
+    model = kind.from_config(REFUSED[family])
     with pytest.raises(UserError, match=r"routing of .* cannot be observed"):
         moe_layers(model)
 
@@ -373,6 +385,40 @@ def test_families_with_other_routers(family):
     with torch.no_grad(), RoutingRecorder(model) as rec:
         model(**given)
     assert torch.equal(rec.counts, count(seen, counted(given), E=4))
+
+
+def test_tokens_that_skip_a_layer_are_not_counted():
+    """ZAYA's router gives them expert 0 with weight 0."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "ZayaConfig"):
+        pytest.skip("this transformers has no ZAYA")
+    config = transformers.ZayaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=16,
+        num_experts=4,
+        router_hidden_size=16,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    routers = [module for module in model.modules() if type(module).__name__ == "ZayaRouter"]
+    seen = []
+    for router in routers:
+        router.balancing_biases.zero_()  # the skip expert is as likely as others
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter)
+        router.register_forward_hook(lambda module, args, output: seen.append((output[1], output[2])))
+    given = batch()
+    with torch.no_grad(), RoutingRecorder(model) as rec:
+        model(**given, use_cache=False)
+    mask = given["attention_mask"].bool().flatten()
+    expected = [torch.bincount(i[mask][w[mask] > 0], minlength=4) for w, i in seen]
+    assert torch.equal(rec.counts, torch.stack(expected))
+    assert 0 < rec.counts.sum() < mask.sum() * len(routers)
 
 
 @pytest.mark.slow
