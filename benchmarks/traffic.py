@@ -1,0 +1,204 @@
+"""What the Triton backend plans to move and compute for real models, beside the floor. No GPU is used.
+
+    python -m benchmarks.traffic
+
+The launchers run on meta tensors, which records every kernel launch, matrix product and torch operation with its
+bytes and FLOPs. A planned time is the sum over all of them of the larger of bytes / bandwidth and FLOPs / peak; the
+floor is the same of the op's `cases.traffic`. Both are models of an H100, not measurements: latency, launch gaps, waves
+that do not fill the card and cache hits are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trace_kernels.cases import Case
+from trace_kernels.conformance import discover
+from trace_kernels.triton_common import Launch, Product, recording, size_of
+
+TOKENS = 8192
+#: What dense bfloat16 products and memory deliver on an H100 SXM, per second.
+FLOPS, BANDWIDTH = 790e12, 3.0e12
+GOALS = {"linear": 1.15, "row": 1.3}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes that matter: hidden width, vocabulary, experts, experts per token."""
+
+    name: str
+    H: int
+    V: int
+    E: int
+    k: int
+
+
+MODELS = (
+    Model("Qwen3-30B-A3B", 2048, 151936, 128, 8),
+    Model("OLMoE", 2048, 50304, 64, 8),
+    Model("Mixtral", 4096, 32000, 8, 2),
+    Model("gpt-oss-20b", 2880, 201088, 32, 4),
+)
+
+
+class TorchOperations(TorchDispatchMode):
+    """Bytes of what the launchers ask of torch itself: fills, casts, small products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view or function.name().startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+            return result
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if moved := size_of(*tensors):
+            self.bytes.append(moved)
+        return result
+
+
+@dataclass
+class Plan:
+    """What a call does: seconds by the model, launches, and the share that is not matrix products."""
+
+    seconds: float
+    other_seconds: float
+    launches: int
+
+
+def plan(call: Callable[[], object]) -> Plan:
+    with recording() as recorded, TorchOperations() as torch_operations:
+        call()
+    products = [entry for entry in recorded if isinstance(entry, Product)]
+    product_seconds = sum(max(entry.flops / FLOPS, entry.bytes / BANDWIDTH) for entry in products)
+    kernels = [entry.bytes for entry in recorded if isinstance(entry, Launch)] + torch_operations.bytes
+    other_seconds = sum(kernels) / BANDWIDTH
+    return Plan(product_seconds + other_seconds, other_seconds, len(products) + len(kernels))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear_calls(model: Model) -> dict[str, tuple[str, int, Callable[[], object]]]:
+    """By what is computed: the op, the products that the floor counts, the call."""
+    from trace_kernels.ops.linear_cross_entropy import triton as linear
+    from trace_kernels.ops.linear_kl import triton as kl
+    from trace_kernels.triton_common import scaled_rows
+
+    T = TOKENS
+    hidden, weight = empty(T, model.H), empty(model.V, model.H)
+    target, row = empty(T, dtype=torch.int64), empty(T, dtype=torch.float32)
+    options = (-100, None, 1.0)
+
+    def cross_entropy(dhidden: bool, dweight: bool) -> None:
+        stash = linear.forward(hidden, weight, None, target, row, *options, dhidden, dweight)
+        for gradient in stash[2:4]:
+            if gradient.numel():
+                scaled_rows(gradient, empty(gradient.shape[0], dtype=torch.float32))
+
+    def unknown_gradient() -> None:
+        cross_entropy(True, False)
+        linear.backward_weight(hidden, weight, None, target, row, row, *options)
+
+    def divergence(dweight: bool) -> None:
+        stash = kl.forward(hidden, weight, hidden, weight, row, None, 1.0, True, dweight)
+        for gradient in stash[3:5]:
+            if gradient.numel():
+                scaled_rows(gradient, empty(gradient.shape[0], dtype=torch.float32))
+
+    return {
+        "log-probabilities only": ("linear_log_prob", 1, lambda: cross_entropy(False, False)),
+        "frozen head, any weights": ("linear_cross_entropy", 2, lambda: cross_entropy(True, False)),
+        "trainable head, known weights": ("linear_cross_entropy", 3, lambda: cross_entropy(True, True)),
+        "trainable head, unknown weights": ("linear_log_prob", 4, unknown_gradient),
+        "KL, frozen head": ("linear_kl", 3, lambda: divergence(False)),
+        "KL, trainable head": ("linear_kl", 4, lambda: divergence(True)),
+    }
+
+
+def row_calls(model: Model) -> dict[str, tuple[str, Case, Callable[[], object]]]:
+    """By what is computed: the op, the case of its floor, the call."""
+    from trace_kernels.ops.cross_entropy import triton as cross_entropy
+    from trace_kernels.ops.record_routing import triton as record_routing
+    from trace_kernels.ops.router_topk import triton as router
+    from trace_kernels.ops.router_topk.rule import Rule
+
+    T, E, k = TOKENS, model.E, model.k
+    target, row, mask = empty(T, dtype=torch.int64), empty(T, dtype=torch.float32), empty(T, dtype=torch.bool)
+    counts, table = empty(E, dtype=torch.int64), empty(E, dtype=torch.float32)
+    logits = empty(T, model.V)
+    rule = Rule(k, "softmax", True, 1.0, 0.0, 1, 1, "max", 0.0)
+
+    def loss() -> None:
+        cross_entropy.forward(logits, target, -100, None, 1.0)
+        cross_entropy.backward(row, logits, target, row, -100, None, 1.0, True)
+
+    def route(keep: bool) -> None:
+        _, indices, chosen, stats, counted, score = router.forward(
+            empty(T, E), rule, None, mask, table, True, torch.bfloat16, keep
+        )
+        counts.add_(counted)
+        row.add_(score)
+        if keep:
+            router.backward(empty(T, k), None, indices, chosen, stats, rule, E, torch.bfloat16)
+
+    def record() -> None:
+        record_routing.forward(empty(T, k, dtype=torch.int64), counts, mask, table, row, None)
+
+    def case(name: str, **sizes: int) -> Case:
+        return Case(name, {"T": T, **sizes}, lambda *_: NotImplemented, torch.bfloat16)
+
+    routed = {"E": E, "k": k}
+    return {
+        "cross-entropy, in place": ("cross_entropy", case("bench", V=model.V), loss),
+        "router, forward": ("router_topk", case("bench", **routed), lambda: route(False)),
+        "router, forward + backward": ("router_topk", case("bench_backward", **routed), lambda: route(True)),
+        "record routing": ("record_routing_", case("bench", **routed), record),
+    }
+
+
+def floor(op: str, case: Case, passes: int | None = None) -> float:
+    traffic = discover()[op].traffic(case)
+    flops = traffic.flops if passes is None else 2.0 * TOKENS * case.sizes["H"] * case.sizes["V"] * passes
+    return max(traffic.bytes / BANDWIDTH, flops / FLOPS)
+
+
+def rows() -> list[tuple[str, str, str, float, Plan]]:
+    """Kind, model, what is computed, floor in seconds, plan."""
+    found = []
+    for model in MODELS:
+        for name, (op, passes, call) in linear_calls(model).items():
+            case = Case("bench_frozen", {"T": TOKENS, "H": model.H, "V": model.V}, lambda *_: NotImplemented)
+            found.append(("linear", model.name, name, floor(op, case, passes), plan(call)))
+    for model in MODELS:
+        for name, (op, case, call) in row_calls(model).items():
+            # Their FLOPs never bind: element-wise work is not done at the products' peak.
+            found.append(("row", model.name, name, discover()[op].traffic(case).bytes / BANDWIDTH, plan(call)))
+    return found
+
+
+def main() -> None:
+    print(
+        f"A model, not a measurement: {TOKENS} tokens, bfloat16, {FLOPS / 1e12:.0f} TFLOP/s, {BANDWIDTH / 1e12:.1f} TB/s"
+    )
+    print(
+        f"{'model':<15} {'call':<33} {'floor':>10} {'planned':>10} {'ratio':>6} {'goal':>6} {'launches':>9} {'rows':>6}"
+    )
+    for kind, model, name, seconds, planned in rows():
+        ratio = planned.seconds / seconds
+        share = planned.other_seconds / planned.seconds
+        print(
+            f"{model:<15} {name:<33} {seconds * 1e6:>7.1f} us {planned.seconds * 1e6:>7.1f} us {ratio:>6.2f} "
+            f"{'met' if ratio <= GOALS[kind] else f'>{GOALS[kind]}':>6} {planned.launches:>9} {share:>6.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
