@@ -33,6 +33,7 @@ class Launch:
         constants: the constexpr parameters.
         num_warps: warps of a program.
         bytes: global memory that it reads and writes.
+        cached: how many of these the launch before left in the L2 cache.
     """
 
     kernel: Any
@@ -41,6 +42,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     bytes: int
+    cached: int
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,16 @@ def recording() -> Iterator[list[Launch | Product]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, bytes: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, bytes: int, cached: int = 0, **constants: Any
+) -> None:
     """Run `kernel`, or record it; an empty grid does nothing."""
     if 0 in grid:
         return
     if _recorded is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True))
-        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, bytes))
+        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, bytes, cached))
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -117,23 +121,23 @@ def addmm_float32(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
 
 
-#: Bytes of the float32 logits of one chunk, unless TRACE_KERNELS_CHUNK_BYTES says otherwise.
+#: Bytes of what is kept of one chunk's [R, V], unless TRACE_KERNELS_CHUNK_BYTES says otherwise.
 CHUNK_BYTES = 640_000_000
 
 
-def chunk_rows(num_rows: int, bytes_per_row: int) -> int:
+def chunk_rows(num_rows: int, bytes_per_row: int, budget: int = CHUNK_BYTES) -> int:
     """Rows of a chunk of logits: at most 4096, within the byte budget, a multiple of 128 where it allows one.
 
     Fewer than some 300 rows would make the products read the head faster than the memory delivers it.
     """
     text = os.environ.get("TRACE_KERNELS_CHUNK_BYTES", "")
     try:
-        budget = int(float(text)) if text else CHUNK_BYTES
+        budget = int(float(text)) if text else budget
     except ValueError:
         budget = 0
     if budget <= 0:
         raise ValueError(f"TRACE_KERNELS_CHUNK_BYTES: got {text!r}, allowed is a positive number of bytes")
-    rows = max(1, min(4096, budget // max(1, bytes_per_row)))
+    rows = min(4096, max(1, budget // max(1, bytes_per_row)))
     if rows >= 128:
         rows -= rows % 128
     if rows >= num_rows:
@@ -261,46 +265,96 @@ def dense(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
 
 
-class Logits:
-    """The float32 logits of one chunk of rows, and ``dz`` in the dtype of the hidden states in the same memory.
+#: Bytes of a block of float32 logits that the next kernel finds in the L2 cache of a data-centre GPU (40 MB and more).
+BLOCK_BYTES = 2**25
+#: A block's columns are a multiple of this, the tile of a row.
+BLOCK_STEP = 2048
+
+
+class Chunks:
+    """Memory for a chunk of rows: a block of float32 logits, and `dz` [R, V] in the dtype of the hidden states.
+
+    The vocabulary is walked in blocks so small that the row kernel reads a block's logits from the cache.
 
     Attributes:
-        wide: whether that dtype has float32's exponent range.
+        rows: of a chunk, R.
+        columns: of a block.
     """
 
-    def __init__(self, hidden: torch.Tensor, num_classes: int, buffers: int = 1) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        num_classes: int,
+        gradient: bool,
+        buffers: int = 1,
+        whole: bool = False,
+        budget: int = CHUNK_BYTES,
+    ) -> None:
+        """`buffers` of logits; with `whole` they keep all blocks of a chunk, because `dz` needs them again."""
         self.num_rows, self.width = hidden.shape
         self.num_classes = num_classes
-        self.dtype = hidden.dtype
-        self.wide = hidden.dtype != torch.float16
+        self.whole = whole
         # Rows start on 256 bytes: wide loads, whatever the vocabulary's size.
-        self.stride = cdiv(num_classes, 64) * 64
-        self.rows = chunk_rows(self.num_rows, 4 * self.stride * buffers)
-        size = (self.rows, self.stride)
-        self.buffers = [torch.empty(size, dtype=torch.float32, device=hidden.device) for _ in range(buffers)]
-        self.result: torch.Tensor | None = None
+        stride = cdiv(num_classes, 64) * 64
+        row_bytes = stride * ((hidden.element_size() if gradient else 0) + (4 * buffers if whole else 0))
+        self.rows = chunk_rows(self.num_rows, row_bytes, budget)
+        per_row = BLOCK_BYTES // (4 * max(1, self.rows) * buffers)
+        self.columns = min(stride, max(BLOCK_STEP, per_row // BLOCK_STEP * BLOCK_STEP))
+        columns = stride if self.whole else self.columns
+
+        def matrix(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((self.rows, width), dtype=dtype, device=hidden.device)
+
+        self._logits = [matrix(columns, torch.float32) for _ in range(buffers)]
+        self._dz = matrix(stride if gradient else 0, hidden.dtype)
+        self._result: torch.Tensor | None = None
 
     def slices(self) -> Iterator[slice]:
         for start in range(0, self.num_rows, max(1, self.rows)):
             yield slice(start, min(start + self.rows, self.num_rows))
 
-    def logits(self, rows: slice, buffer: int = 0) -> torch.Tensor:
-        """[R, V] float32."""
-        return self.buffers[buffer][: rows.stop - rows.start, : self.num_classes]
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, self.num_classes, self.columns):
+            yield slice(start, min(start + self.columns, self.num_classes))
+
+    def logits(self, rows: slice, block: slice, buffer: int = 0) -> torch.Tensor:
+        """[R, columns of the block] float32."""
+        start = block.start if self.whole else 0
+        return self._logits[buffer][: rows.stop - rows.start, start : start + block.stop - block.start]
 
     def dz(self, rows: slice) -> torch.Tensor:
-        """[R, V], at the start of each row of the first buffer."""
-        return self.buffers[0].view(self.dtype)[: rows.stop - rows.start, : self.num_classes]
+        """[R, V], without columns when no gradient is wanted."""
+        return self._dz[: rows.stop - rows.start, : self.num_classes]
 
     def times(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dz @ weight`` [R, H] in float32, in memory that the next call uses again."""
-        if self.result is None:
-            self.result = torch.empty((self.rows, self.width), dtype=torch.float32, device=dz.device)
-        out = self.result[: dz.shape[0]]
+        if self._result is None:
+            self._result = torch.empty((self.rows, self.width), dtype=torch.float32, device=dz.device)
+        out = self._result[: dz.shape[0]]
         mm_float32(dz, weight, out)
         return out
 
-    def bytes(self, rows: slice, reads: int, writes: int) -> int:
-        """What a kernel moves that reads each logit of the chunk `reads` times and writes dz `writes` times."""
-        num_rows: int = rows.stop - rows.start
-        return num_rows * self.num_classes * (4 * reads + self.dtype.itemsize * writes)
+
+class WeightGradient:
+    """The float32 sum over chunks of ``dz^T (factor * hidden)`` [V, H]."""
+
+    def __init__(self, weight: torch.Tensor, wanted: bool = True) -> None:
+        self.dtype = weight.dtype
+        shape = (weight.shape[0] if wanted else 0, weight.shape[1])
+        self.total = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        self.empty = True
+
+    def add(self, dz: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor) -> None:
+        rows = scaled_rows(hidden, factor)
+        if self.empty:
+            mm_float32(dz.T, rows, self.total)
+        else:
+            addmm_float32(self.total, dz.T, rows)
+        self.empty = False
+
+    def result(self) -> torch.Tensor:
+        """In the weight's dtype."""
+        if self.empty:
+            self.total.zero_()
+        total: torch.Tensor = self.total
+        return total.to(self.dtype)

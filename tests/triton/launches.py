@@ -72,7 +72,7 @@ def linear_cross_entropy():
         hidden, weight = empty(T, H, dtype=dtype), empty(V, H, dtype=dtype)
         target, row = empty(T, dtype=torch.int64), empty(T)
         for bias, row_weight, softcap in ((None, None, None), (empty(V), row, 30.0)):
-            for gradient in (False, True):
+            for gradient in (False, True) if dtype == BF16 else (True,):
                 forward(hidden, weight, bias, target, row_weight, -100, softcap, 1.0, gradient, gradient)
             backward_weight(hidden, weight, bias, target, row, row, -100, softcap, 1.0)
 
@@ -83,7 +83,7 @@ def linear_kl():
     for dtype, T, H, V in LINEAR:
         hidden, weight, row = empty(T, H, dtype=dtype), empty(V, H, dtype=dtype), empty(T)
         for row_weight, softcap in ((None, None), (row, 30.0)):
-            for gradient in (False, True):
+            for gradient in (False, True) if dtype == BF16 else (True,):
                 forward(hidden, weight, hidden, weight, row_weight, softcap, 1.0, gradient, gradient)
             backward_weight(hidden, weight, hidden, weight, row, row, row, softcap, 1.0)
 

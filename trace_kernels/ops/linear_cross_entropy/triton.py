@@ -1,7 +1,7 @@
-"""`linear_cross_entropy` and `linear_log_prob` in Triton: library products per chunk of rows and one kernel per row.
+"""`linear_cross_entropy` and `linear_log_prob` in Triton: library products, and one kernel per row between them.
 
-A chunk's logits ``[R, V]`` are float32. The row kernel reads them once and leaves ``dz`` (up to a factor per row) in
-their memory for the products with the head and with the hidden states.
+The logits of a chunk of rows are made in blocks of columns that fit the L2 cache, in float32. A kernel adds each block
+to the rows' softmax and leaves ``dz``, up to a factor per row, for the products with the head and the hidden states.
 
 Run in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.
 """
@@ -16,14 +16,13 @@ import triton.language as tl
 
 from trace_kernels.triton_common import (
     LOWEST,
-    Logits,
-    addmm_float32,
+    Chunks,
+    WeightGradient,
+    cdiv,
     column_sums,
-    combined,
     dense,
     launch,
     mm_float32,
-    online_softmax,
     scaled_rows,
     store_rounded,
     tile,
@@ -32,129 +31,164 @@ from trace_kernels.triton_common import (
 )
 
 WARPS = 8
-#: The reference that exponentials are taken from may lag this far behind the row's maximum.
-LAG = tl.constexpr(40.0)
+#: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
+LAG = 40.0
 
 
 @triton.jit
-def load_logits(logits, bias, columns, inside, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    z = tl.load(logits + columns, mask=inside, other=0.0)
-    if HAS_BIAS:
-        z += tl.load(bias + columns, mask=inside, other=0.0)
-    x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
-    return tl.where(inside, x, -float("inf")), derivative
-
-
-@triton.jit
-def row_kernel(
-    logits, dz, bias, target, row_weight, logp, lse, factor,
-    num_classes, stride, stride_dz, ignore_index, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr, ONE_READ: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Per row: logp, lse, and with GRADIENT dz with ``factor * dz = d logp / d (W h)``.
-
-    `dz` may lie in the memory of `logits`, a row at the start of a row: barriers order a tile's reads before its
-    writes, and no tile is written where a later one is read. With ONE_READ the exponentials are written relative to
-    a reference not far below the maximum as soon as they are known, and the row's sum goes into `factor`: dz needs
-    the exponent range of float32. Without, a second read makes dz exact and `factor` 1.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(target + row)
-    kept = label != ignore_index
+def is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT: tl.constexpr):
+    kept = tl.load(target + row) != ignore_index
     if HAS_WEIGHT:
         kept = kept & (tl.load(row_weight + row) != 0.0)
-    logits += row * stride
-    dz += row * stride_dz
-    columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    if kept:
-        valid = (label >= 0) & (label < num_classes)
-        z = tl.load(logits + label, mask=valid, other=float("nan"))
-        if HAS_BIAS:
-            z += tl.load(bias + label, mask=valid, other=0.0)
-        label_x, label_derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
-        total = tl.zeros([LANES], tl.float32)
-        if ONE_READ:
-            largest = tl.full([], LOWEST, tl.float32)
-            for start in range(0, num_classes, LANES * VEC):
-                inside = start + columns < num_classes
-                x, derivative = load_logits(
-                    logits, bias, start + columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP
-                )
-                top = tl.max(tl.max(x, axis=1), axis=0)
-                tl.debug_barrier()
-                if top > largest + LAG:
-                    # Seldom more than once a row: what is written already moves to the new reference.
-                    rescale = tl.exp(largest - top)
-                    total *= rescale
-                    for done in range(0, start, LANES * VEC):
-                        old = tl.load(dz + done + columns).to(tl.float32)
-                        store_rounded(dz + done + columns, old * rescale, columns >= 0)
-                    largest = top
-                exponential = tl.exp(x - largest)
-                # The label's own term stays out of the sum: 1 - p must not be the difference of two roundings.
-                total += tl.sum(tl.where(start + columns == label, 0.0, exponential), axis=1)
-                store_rounded(dz + start + columns, exponential * derivative, inside)
-            others = tl.sum(total, axis=0)
-            exponentials = others + tl.exp(label_x - largest)
-            tl.debug_barrier()
-            store_rounded(dz + label, -others * label_derivative, valid)
-            tl.store(factor + row, tl.where(valid, -logit_scale / exponentials, float("nan")))
-        else:
-            maximum = tl.full([LANES], LOWEST, tl.float32)
-            for start in range(0, num_classes, LANES * VEC):
-                inside = start + columns < num_classes
-                x, _ = load_logits(logits, bias, start + columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-                maximum, total = online_softmax(maximum, total, x)
-            largest, exponentials = combined(maximum, total)
-        log_total = tl.log(exponentials)
-        tl.store(logp + row, (label_x - largest) - log_total)
-        tl.store(lse + row, largest + log_total)
-        if GRADIENT and not ONE_READ:
-            for start in range(0, num_classes, LANES * VEC):
-                inside = start + columns < num_classes
-                x, derivative = load_logits(
-                    logits, bias, start + columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP
-                )
-                dx = tl.where(start + columns == label, 1.0, 0.0) - tl.exp((x - largest) - log_total)
-                tl.debug_barrier()
-                store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
-            tl.store(factor + row, tl.where(valid, 1.0, float("nan")))
-    else:
-        tl.store(logp + row, 0.0)
-        tl.store(lse + row, 0.0)
-        if GRADIENT:
-            tl.store(factor + row, 0.0)
-            zero_row(dz, num_classes, columns, LANES * VEC)
+    return kept
 
 
 @triton.jit
-def weight_gradient_kernel(
-    logits, dz, bias, target, lse, row_grad, factor,
-    num_classes, stride, stride_dz, ignore_index, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+def block_kernel(
+    logits, dz, bias, target, row_weight, reference, others, label_logit,
+    first, width, stride, stride_dz, ignore_index, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr,
+    WRITE: tl.constexpr, LAG: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """``dz = d logp / d (W h)`` from the known logsumexp, and ``factor = row_grad``, 0 in dropped rows."""
+    """Add the logits of the columns ``first`` to ``first + width`` to each row's softmax.
+
+    A row's state is its `reference`, `others` = the sum of ``exp(x - reference)`` over all columns but the label's, and
+    the label's logit. With WRITE, dz becomes ``exp(x - reference) * dx/dz``; finish_kernel knows its factor. The
+    reference lags the maximum by at most LAG, so that it seldom moves and what is written seldom has to be read again.
+    """
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(target + row)
-    gradient = tl.load(row_grad + row)
     logits += row * stride
     dz += row * stride_dz
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    if (label != ignore_index) & (gradient != 0.0):
+    if is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT):
+        label = tl.load(target + row) - first
+        if FIRST:
+            largest = tl.full([], LOWEST, tl.float32)
+            sum_before = tl.zeros([], tl.float32)
+            tl.store(label_logit + row, float("nan"))  # what a label that is no class keeps
+        else:
+            largest = tl.load(reference + row)
+            sum_before = tl.load(others + row)
+        if (label >= 0) & (label < width):
+            z = tl.load(logits + label)
+            if HAS_BIAS:
+                z += tl.load(bias + first + label)
+            tl.store(label_logit + row, z)
+        total = tl.zeros([LANES], tl.float32)
+        for start in range(0, width, LANES * VEC):
+            inside = start + columns < width
+            z = tl.load(logits + start + columns, mask=inside, other=0.0)
+            if HAS_BIAS:
+                z += tl.load(bias + first + start + columns, mask=inside, other=0.0)
+            x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+            x = tl.where(inside, x, -float("inf"))
+            top = tl.max(tl.max(x, axis=1), axis=0)
+            if top > largest + LAG:
+                rescale = tl.exp(largest - top)
+                total *= rescale
+                sum_before *= rescale
+                if WRITE:
+                    tl.debug_barrier()
+                    for done in range(0, first + start, LANES * VEC):
+                        before = done + columns < first + start
+                        old = tl.load(dz + done + columns, mask=before, other=0.0).to(tl.float32)
+                        store_rounded(dz + done + columns, old * rescale, before)
+                largest = top
+            exponential = tl.exp(x - largest)
+            total += tl.sum(tl.where(start + columns == label, 0.0, exponential), axis=1)
+            if WRITE:
+                store_rounded(dz + first + start + columns, exponential * derivative, inside)
+        tl.store(reference + row, largest)
+        tl.store(others + row, sum_before + tl.sum(total, axis=0))
+    elif WRITE:
+        zero_row(dz + first, width, columns, LANES * VEC)
+
+
+@triton.jit
+def finish_kernel(
+    dz, target, row_weight, reference, others, label_logit, logp, lse, factor,
+    num_rows, num_classes, stride_dz, ignore_index, softcap, logit_scale,
+    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the rows' states logp and lse, and with WRITE the label's dz and ``factor * dz = d logp / d (W h)``."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    label = tl.load(target + row, mask=inside, other=0)
+    kept = inside & (label != ignore_index)
+    if HAS_WEIGHT:
+        kept = kept & (tl.load(row_weight + row, mask=inside, other=0.0) != 0.0)
+    largest = tl.load(reference + row, mask=kept, other=0.0)
+    rest = tl.load(others + row, mask=kept, other=1.0)
+    z = tl.load(label_logit + row, mask=kept, other=0.0)
+    x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+    exponentials = rest + tl.exp(x - largest)
+    log_total = tl.log(exponentials)
+    # The maximum and the logarithm apart: their sum would round away digits of a small loss.
+    tl.store(logp + row, tl.where(kept, (x - largest) - log_total, 0.0), mask=inside)
+    tl.store(lse + row, tl.where(kept, largest + log_total, 0.0), mask=inside)
+    if WRITE:
+        # 1 - p is the others' share: no difference of two roundings.
+        valid = kept & (label >= 0) & (label < num_classes)
+        store_rounded(dz + row * stride_dz + label, -rest * derivative, valid)
+        tl.store(factor + row, tl.where(kept, -logit_scale / exponentials, 0.0), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    logits, dz, bias, target, row_weight, lse, factor,
+    first, width, num_classes, stride, stride_dz, ignore_index, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """``dz = d logp / d (W h)`` of a block from the known logsumexp; `factor`: the row's weight, or 1 without SCALE."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    dz += row * stride_dz + first
+    columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    if is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT):
+        label = tl.load(target + row)
         normalizer = tl.load(lse + row)
-        for start in range(0, num_classes, LANES * VEC):
-            inside = start + columns < num_classes
-            x, derivative = load_logits(
-                logits, bias, start + columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP
-            )
-            dx = tl.where(start + columns == label, 1.0, 0.0) - tl.exp(x - normalizer)
-            tl.debug_barrier()
+        for start in range(0, width, LANES * VEC):
+            inside = start + columns < width
+            z = tl.load(logits + start + columns, mask=inside, other=0.0)
+            if HAS_BIAS:
+                z += tl.load(bias + first + start + columns, mask=inside, other=0.0)
+            x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+            dx = tl.where(first + start + columns == label, 1.0, 0.0) - tl.exp(x - normalizer)
             store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
-        tl.store(factor + row, tl.where((label >= 0) & (label < num_classes), gradient, float("nan")))
+        scale = tl.full([], 1.0, tl.float32)
+        if SCALE:
+            scale = tl.load(row_weight + row)
+        tl.store(factor + row, tl.where((label >= 0) & (label < num_classes), scale, float("nan")))
     else:
         tl.store(factor + row, 0.0)
-        zero_row(dz, num_classes, columns, LANES * VEC)
+        zero_row(dz, width, columns, LANES * VEC)
+
+
+def _gradient(
+    z: torch.Tensor,
+    dz: torch.Tensor,
+    block: slice,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    factor: torch.Tensor,
+    options: tuple[int, float, float],
+    has_softcap: bool,
+    scale: bool,
+    cached: bool,
+) -> None:
+    lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
+    moved = z.numel() * (4 + dz.element_size())
+    launch(
+        gradient_kernel, (z.shape[0],),
+        z, dz, bias, target, row_weight, lse, factor,
+        block.start, z.shape[1], dz.shape[1], z.stride(0), dz.stride(0), *options,
+        num_warps=WARPS, bytes=moved, cached=4 * z.numel() if cached else 0,
+        HAS_BIAS=bias is not None, HAS_WEIGHT=row_weight is not None, HAS_SOFTCAP=has_softcap, SCALE=scale,
+        LANES=lanes, VEC=vector,
+    )  # fmt: skip
 
 
 def forward(
@@ -173,33 +207,53 @@ def forward(
     (T, H), V = hidden.shape, weight.shape[0]
     weight = dense(weight)
     gradient = want_dhidden or want_dweight
+    # float16 has no exponents for unnormalised exponentials: its logits are kept until the row's sum is known.
+    scaled = gradient and hidden.dtype != torch.float16
+    twice = gradient and not scaled
     logp = torch.empty(T, dtype=torch.float32, device=hidden.device)
     lse, factor = torch.empty_like(logp), torch.empty_like(logp)
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
-    dweight = torch.zeros(V if want_dweight else 0, H, dtype=torch.float32, device=hidden.device)
+    dweight = WeightGradient(weight, want_dweight)
     dbias = logp.new_zeros(V if want_dweight else 0)
-    chunks = Logits(hidden, V)
-    lanes, vector = tile(V, 8, WARPS, vectors_per_thread=1)
+    chunks = Chunks(hidden, V, gradient, whole=twice)
+    options = (ignore_index, softcap or 0.0, logit_scale)
+    state = torch.empty((3, chunks.rows), dtype=torch.float32, device=hidden.device)
     for rows in chunks.slices():
-        z, dz = chunks.logits(rows), chunks.dz(rows)
-        mm_float32(hidden[rows], weight.T, z)
+        R = rows.stop - rows.start
+        dz, labels = chunks.dz(rows), target[rows]
         weights = None if row_weight is None else row_weight[rows]
+        for block in chunks.blocks():
+            z = chunks.logits(rows, block)
+            mm_float32(hidden[rows], weight[block].T, z)
+            lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
+            launch(
+                block_kernel, (R,),
+                z, dz, bias, labels, weights, *state, block.start, z.shape[1], z.stride(0), dz.stride(0), *options,
+                num_warps=WARPS, bytes=z.numel() * (4 + scaled * dz.element_size()), cached=4 * z.numel(),
+                HAS_BIAS=bias is not None, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap is not None,
+                FIRST=block.start == 0, WRITE=scaled, LAG=LAG, LANES=lanes, VEC=vector,
+            )  # fmt: skip
         launch(
-            row_kernel, (z.shape[0],),
-            z, dz, bias, target[rows], weights, logp[rows], lse[rows], factor[rows],
-            V, z.stride(0), dz.stride(0), ignore_index, softcap or 0.0, logit_scale,
-            num_warps=WARPS, bytes=chunks.bytes(rows, reads=1 + (gradient and not chunks.wide), writes=int(gradient)),
-            HAS_BIAS=bias is not None, HAS_WEIGHT=row_weight is not None, HAS_SOFTCAP=softcap is not None,
-            GRADIENT=gradient, ONE_READ=gradient and chunks.wide, LANES=lanes, VEC=vector,
+            finish_kernel, (cdiv(R, 128),),
+            dz, labels, weights, *state, logp[rows], lse[rows], factor[rows], R, V, dz.stride(0), *options,
+            num_warps=4, bytes=48 * R, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap is not None, WRITE=scaled,
+            BLOCK=128,
         )  # fmt: skip
+        if twice:
+            whole = slice(0, V)
+            z = chunks.logits(rows, whole)
+            _gradient(
+                z, dz, whole, bias, labels, weights, lse[rows], factor[rows], options,
+                has_softcap=softcap is not None, scale=False, cached=False,
+            )  # fmt: skip
         if want_dhidden:
             scaled_rows(chunks.times(dz, weight), factor[rows], out=dhidden[rows])
         if want_dweight:
             scale = factor[rows] if weights is None else factor[rows] * weights
-            addmm_float32(dweight, dz.T, scaled_rows(hidden[rows], scale))
+            dweight.add(dz, hidden[rows], scale)
             if bias is not None:
                 column_sums(dz, scale, dbias)
-    return logp, lse, dhidden, dweight.to(weight.dtype), dbias
+    return logp, lse, dhidden, dweight.result(), dbias
 
 
 def backward_weight(
@@ -214,24 +268,22 @@ def backward_weight(
     logit_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dweight [V, H] and dbias [V]: sums of row_grad_t * d logp_t; the logits are computed again."""
-    (T, H), V = hidden.shape, weight.shape[0]
+    T, V = hidden.shape[0], weight.shape[0]
     weight = dense(weight)
     factor = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    dweight = torch.zeros(V, H, dtype=torch.float32, device=hidden.device)
+    dweight = WeightGradient(weight)
     dbias = factor.new_zeros(V)
-    chunks = Logits(hidden, V)
-    lanes, vector = tile(V, 8, WARPS, vectors_per_thread=1)
+    chunks = Chunks(hidden, V, gradient=True)
     for rows in chunks.slices():
-        z, dz = chunks.logits(rows), chunks.dz(rows)
-        mm_float32(hidden[rows], weight.T, z)
-        launch(
-            weight_gradient_kernel, (z.shape[0],),
-            z, dz, bias, target[rows], lse[rows], row_grad[rows], factor[rows],
-            V, z.stride(0), dz.stride(0), ignore_index, softcap or 0.0, logit_scale,
-            num_warps=WARPS, bytes=chunks.bytes(rows, reads=1, writes=1),
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, LANES=lanes, VEC=vector,
-        )  # fmt: skip
-        addmm_float32(dweight, dz.T, scaled_rows(hidden[rows], factor[rows]))
+        dz = chunks.dz(rows)
+        for block in chunks.blocks():
+            z = chunks.logits(rows, block)
+            mm_float32(hidden[rows], weight[block].T, z)
+            _gradient(
+                z, dz, block, bias, target[rows], row_grad[rows], lse[rows], factor[rows],
+                (ignore_index, softcap or 0.0, logit_scale), has_softcap=softcap is not None, scale=True, cached=True,
+            )  # fmt: skip
+        dweight.add(dz, hidden[rows], factor[rows])
         if bias is not None:
             column_sums(dz, factor[rows], dbias)
-    return dweight.to(weight.dtype), dbias
+    return dweight.result(), dbias

@@ -1,4 +1,7 @@
-"""`linear_kl` in Triton: library products per chunk of rows and one kernel per row, for ``KL(reference || policy)``.
+"""`linear_kl` in Triton: library products and kernels per row, for ``KL(reference || policy)``.
+
+Both logits are made in blocks of columns that fit the L2 cache, in float32; a kernel adds each block to the rows' sums.
+The gradient, a difference of two softmaxes, needs both sums first: with it all blocks of a chunk of rows are kept.
 
 Run in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.
 """
@@ -12,9 +15,10 @@ import triton
 import triton.language as tl
 
 from trace_kernels.triton_common import (
+    CHUNK_BYTES,
     LOWEST,
-    Logits,
-    addmm_float32,
+    Chunks,
+    WeightGradient,
     combined,
     dense,
     launch,
@@ -28,6 +32,8 @@ from trace_kernels.triton_common import (
 )
 
 WARPS = 8
+#: A row needs five times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
+BUDGET = 2 * CHUNK_BYTES
 
 
 @triton.jit
@@ -40,101 +46,132 @@ def load_pair(policy, reference, columns, inside, softcap, logit_scale, HAS_SOFT
 
 
 @triton.jit
-def row_kernel(
-    policy, reference, dz, row_weight, kl, lse, ref_lse, factor,
-    num_classes, stride, stride_dz, softcap, logit_scale,
-    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, KNOWN_LSE: tl.constexpr,
+def block_kernel(
+    policy, reference, row_weight, maximum, total, ref_maximum, ref_total, gap, kl, lse, ref_lse,
+    width, stride, softcap, logit_scale,
+    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Per row: kl, both logsumexps, and with GRADIENT ``dz = d kl / d (W h)`` in the memory of `policy`.
+    """Add a block to each row's sums; the last block makes kl and both logsumexps of them, 0 in dropped rows.
 
-    With KNOWN_LSE the logsumexps are read and kl is not touched. `factor` becomes the row's weight, 0 if dropped.
+    A row's state is maximum and sum of exponentials of both sides, and `gap`, the sum of
+    ``exp(y - ref_maximum) * (y - x)`` with y the reference's logits and x the policy's.
     """
     row = tl.program_id(0).to(tl.int64)
-    weight = 1.0
+    kept = True
+    if HAS_WEIGHT:
+        kept = tl.load(row_weight + row) != 0.0
+    policy += row * stride
+    reference += row * stride
+    columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    if kept:
+        lane_maximum = tl.full([LANES], LOWEST, tl.float32)
+        lane_ref_maximum = tl.full([LANES], LOWEST, tl.float32)
+        lane_total = tl.zeros([LANES], tl.float32)
+        lane_ref_total = tl.zeros([LANES], tl.float32)
+        lane_gap = tl.zeros([LANES], tl.float32)
+        for start in range(0, width, LANES * VEC):
+            inside = start + columns < width
+            x, y, _ = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
+            lane_maximum, lane_total = online_softmax(lane_maximum, lane_total, x)
+            larger = tl.maximum(lane_ref_maximum, tl.max(y, axis=1))
+            rescale = tl.exp(lane_ref_maximum - larger)
+            exponential = tl.exp(y - larger[:, None])
+            lane_ref_total = lane_ref_total * rescale + tl.sum(exponential, axis=1)
+            # What the reference excludes adds nothing, also where the policy excludes it too.
+            lane_gap = lane_gap * rescale + tl.sum(tl.where(exponential == 0.0, 0.0, exponential * (y - x)), axis=1)
+            lane_ref_maximum = larger
+        top, exponentials = combined(lane_maximum, lane_total)
+        ref_top, ref_exponentials = combined(lane_ref_maximum, lane_ref_total)
+        gap_sum = tl.sum(lane_gap * tl.exp(lane_ref_maximum - ref_top), axis=0)
+        if not FIRST:
+            before = tl.load(maximum + row)
+            larger = tl.maximum(before, top)
+            exponentials = exponentials * tl.exp(top - larger) + tl.load(total + row) * tl.exp(before - larger)
+            top = larger
+            before = tl.load(ref_maximum + row)
+            larger = tl.maximum(before, ref_top)
+            here, there = tl.exp(ref_top - larger), tl.exp(before - larger)
+            ref_exponentials = ref_exponentials * here + tl.load(ref_total + row) * there
+            gap_sum = gap_sum * here + tl.load(gap + row) * there
+            ref_top = larger
+        if LAST:
+            tl.store(kl + row, gap_sum / ref_exponentials + (top - ref_top) + tl.log(exponentials / ref_exponentials))
+            tl.store(lse + row, top + tl.log(exponentials))
+            tl.store(ref_lse + row, ref_top + tl.log(ref_exponentials))
+        else:
+            tl.store(maximum + row, top)
+            tl.store(total + row, exponentials)
+            tl.store(ref_maximum + row, ref_top)
+            tl.store(ref_total + row, ref_exponentials)
+            tl.store(gap + row, gap_sum)
+    elif LAST:
+        tl.store(kl + row, 0.0)
+        tl.store(lse + row, 0.0)
+        tl.store(ref_lse + row, 0.0)
+
+
+@triton.jit
+def gradient_kernel(
+    policy, reference, dz, row_weight, lse, ref_lse, factor,
+    first, width, stride, stride_dz, softcap, logit_scale,
+    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """``dz = d kl / d (W h)`` of a block from both logsumexps; `factor` becomes the row's weight, 0 if dropped."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.full([], 1.0, tl.float32)
     if HAS_WEIGHT:
         weight = tl.load(row_weight + row)
     policy += row * stride
     reference += row * stride
-    dz += row * stride_dz
+    dz += row * stride_dz + first
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tl.store(factor + row, weight)
     if weight != 0.0:
-        if KNOWN_LSE:
-            normalizer = tl.load(lse + row)
-            ref_normalizer = tl.load(ref_lse + row)
-        else:
-            maximum = tl.full([LANES], LOWEST, tl.float32)
-            ref_maximum = tl.full([LANES], LOWEST, tl.float32)
-            total = tl.zeros([LANES], tl.float32)
-            ref_total = tl.zeros([LANES], tl.float32)
-            gap = tl.zeros([LANES], tl.float32)  # sum of exp(y - ref_maximum) * (y - x)
-            for start in range(0, num_classes, LANES * VEC):
-                inside = start + columns < num_classes
-                x, y, _ = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
-                maximum, total = online_softmax(maximum, total, x)
-                larger = tl.maximum(ref_maximum, tl.max(y, axis=1))
-                rescale = tl.exp(ref_maximum - larger)
-                exponential = tl.exp(y - larger[:, None])
-                ref_total = ref_total * rescale + tl.sum(exponential, axis=1)
-                # What the reference excludes adds nothing, also where the policy excludes it too.
-                gap = gap * rescale + tl.sum(tl.where(exponential == 0.0, 0.0, exponential * (y - x)), axis=1)
-                ref_maximum = larger
-            largest, exponentials = combined(maximum, total)
-            ref_largest, ref_exponentials = combined(ref_maximum, ref_total)
-            gap_sum = tl.sum(gap * tl.exp(ref_maximum - ref_largest), axis=0)
-            normalizer = largest + tl.log(exponentials)
-            ref_normalizer = ref_largest + tl.log(ref_exponentials)
-            shift = (largest - ref_largest) + tl.log(exponentials / ref_exponentials)
-            tl.store(kl + row, gap_sum / ref_exponentials + shift)
-            tl.store(lse + row, normalizer)
-            tl.store(ref_lse + row, ref_normalizer)
-        if GRADIENT:
-            for start in range(0, num_classes, LANES * VEC):
-                inside = start + columns < num_classes
-                x, y, derivative = load_pair(
-                    policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP
-                )
-                dx = tl.exp(x - normalizer) - tl.exp(y - ref_normalizer)
-                tl.debug_barrier()
-                store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
-            tl.store(factor + row, weight)
+        normalizer = tl.load(lse + row)
+        ref_normalizer = tl.load(ref_lse + row)
+        for start in range(0, width, LANES * VEC):
+            inside = start + columns < width
+            x, y, derivative = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
+            dx = tl.exp(x - normalizer) - tl.exp(y - ref_normalizer)
+            store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
     else:
-        if not KNOWN_LSE:
-            tl.store(kl + row, 0.0)
-            tl.store(lse + row, 0.0)
-            tl.store(ref_lse + row, 0.0)
-        if GRADIENT:
-            tl.store(factor + row, 0.0)
-            zero_row(dz, num_classes, columns, LANES * VEC)
+        zero_row(dz, width, columns, LANES * VEC)
 
 
-def _chunk(
-    chunks: Logits,
-    rows: slice,
-    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    row_weight: torch.Tensor | None,
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+class _Sides:
+    """Hidden states and head of the policy and of the reference."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, ref_hidden: torch.Tensor, ref_weight: torch.Tensor
+    ) -> None:
+        self.hidden, self.weight = hidden, dense(weight)
+        self.ref_hidden, self.ref_weight = ref_hidden, dense(ref_weight)
+
+    def logits(self, chunks: Chunks, rows: slice, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        policy, reference = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
+        mm_float32(self.hidden[rows], self.weight[block].T, policy)
+        mm_float32(self.ref_hidden[rows], self.ref_weight[block].T, reference)
+        return policy, reference
+
+
+def _gradient(
+    logits: tuple[torch.Tensor, torch.Tensor],
+    dz: torch.Tensor,
+    first: int,
+    vectors: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
     softcap: float | None,
     logit_scale: float,
-    gradient: bool,
-    known_lse: bool,
-) -> torch.Tensor:
-    """Both products and the row kernel on one chunk; dz."""
-    hidden, weight, ref_hidden, ref_weight = heads
-    policy, reference, dz = chunks.logits(rows, 0), chunks.logits(rows, 1), chunks.dz(rows)
-    mm_float32(hidden[rows], weight.T, policy)
-    mm_float32(ref_hidden[rows], ref_weight.T, reference)
-    lanes, vector = tile(weight.shape[0], 8, WARPS, vectors_per_thread=1)
+    cached: bool,
+) -> None:
+    R, width = logits[0].shape
+    lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
     launch(
-        row_kernel, (policy.shape[0],),
-        policy, reference, dz, None if row_weight is None else row_weight[rows],
-        *(output[rows] for output in outputs),
-        weight.shape[0], policy.stride(0), dz.stride(0), softcap or 0.0, logit_scale,
-        num_warps=WARPS, bytes=chunks.bytes(rows, reads=2 * ((not known_lse) + gradient), writes=int(gradient)),
-        HAS_WEIGHT=row_weight is not None, HAS_SOFTCAP=softcap is not None, GRADIENT=gradient, KNOWN_LSE=known_lse,
-        LANES=lanes, VEC=vector,
+        gradient_kernel, (R,),
+        *logits, dz, *vectors, first, width, logits[0].stride(0), dz.stride(0), softcap or 0.0, logit_scale,
+        num_warps=WARPS, bytes=R * width * (8 + dz.element_size()), cached=8 * R * width if cached else 0,
+        HAS_WEIGHT=vectors[0] is not None, HAS_SOFTCAP=softcap is not None, LANES=lanes, VEC=vector,
     )  # fmt: skip
-    return dz
 
 
 def forward(
@@ -150,22 +187,40 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty."""
     (T, H), V = hidden.shape, weight.shape[0]
-    heads = (hidden, dense(weight), ref_hidden, dense(ref_weight))
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight)
     gradient = want_dhidden or want_dweight
     kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
     lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
-    dweight = torch.zeros(V if want_dweight else 0, H, dtype=torch.float32, device=hidden.device)
-    chunks = Logits(hidden, V, buffers=2)
-    outputs = (kl, lse, ref_lse, factor)
+    dweight = WeightGradient(sides.weight, want_dweight)
+    chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET)
+    state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
     for rows in chunks.slices():
-        dz = _chunk(chunks, rows, heads, row_weight, outputs, softcap, logit_scale, gradient, known_lse=False)
+        weights = None if row_weight is None else row_weight[rows]
+        for block in chunks.blocks():
+            logits = sides.logits(chunks, rows, block)
+            (R, width), stride = logits[0].shape, logits[0].stride(0)
+            lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
+            launch(
+                block_kernel, (R,),
+                *logits, weights, *state, kl[rows], lse[rows], ref_lse[rows],
+                width, stride, softcap or 0.0, logit_scale,
+                num_warps=WARPS, bytes=8 * R * width, cached=8 * R * width,
+                HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap is not None,
+                FIRST=block.start == 0, LAST=block.stop == V, LANES=lanes, VEC=vector,
+            )  # fmt: skip
+        if not gradient:
+            continue
+        dz, whole = chunks.dz(rows), slice(0, V)
+        logits = chunks.logits(rows, whole, 0), chunks.logits(rows, whole, 1)
+        vectors = (weights, lse[rows], ref_lse[rows], factor[rows])
+        _gradient(logits, dz, 0, vectors, softcap, logit_scale, cached=False)
         if want_dhidden:
-            kept = torch.ones_like(kl[rows]) if row_weight is None else (row_weight[rows] != 0).float()
-            scaled_rows(chunks.times(dz, heads[1]), kept, out=dhidden[rows])
+            kept = torch.ones_like(kl[rows]) if weights is None else (weights != 0).float()
+            scaled_rows(chunks.times(dz, sides.weight), kept, out=dhidden[rows])
         if want_dweight:
-            addmm_float32(dweight, dz.T, scaled_rows(hidden[rows], factor[rows]))
-    return kl, lse, ref_lse, dhidden, dweight.to(weight.dtype)
+            dweight.add(dz, hidden[rows], factor[rows])
+    return kl, lse, ref_lse, dhidden, dweight.result()
 
 
 def backward_weight(
@@ -180,13 +235,15 @@ def backward_weight(
     logit_scale: float,
 ) -> torch.Tensor:
     """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
-    T, H = hidden.shape
-    heads = (hidden, dense(weight), ref_hidden, dense(ref_weight))
-    factor = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    dweight = torch.zeros(weight.shape[0], H, dtype=torch.float32, device=hidden.device)
-    chunks = Logits(hidden, weight.shape[0], buffers=2)
-    outputs = (factor, lse, ref_lse, factor)
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight)
+    factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    dweight = WeightGradient(sides.weight)
+    chunks = Chunks(hidden, weight.shape[0], gradient=True, buffers=2)
     for rows in chunks.slices():
-        dz = _chunk(chunks, rows, heads, row_grad, outputs, softcap, logit_scale, gradient=True, known_lse=True)
-        addmm_float32(dweight, dz.T, scaled_rows(hidden[rows], factor[rows]))
-    return dweight.to(weight.dtype)
+        dz = chunks.dz(rows)
+        vectors = (row_grad[rows], lse[rows], ref_lse[rows], factor[rows])
+        for block in chunks.blocks():
+            logits = sides.logits(chunks, rows, block)
+            _gradient(logits, dz, block.start, vectors, softcap, logit_scale, cached=True)
+        dweight.add(dz, hidden[rows], factor[rows])
+    return dweight.result()
