@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 import trace_kernels
 from trace_unlearn import files
+from trace_unlearn.checkpoints import last_complete
 from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.model import check_inputs, load_model, load_tokenizer
@@ -28,6 +29,9 @@ from trace_unlearn.trainable import LoraOptions, add_lora, check_patterns, train
 from trace_unlearn.trainer import TraceConfig, TraceTrainer
 from trace_unlearn.weights import Calibration, attach_weights
 
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"  # in the folder of a run under way: what it depends on
 # What a resumed run may change: it does not touch the result.
 _FREE = ("output", "log_steps", "save_steps", "keep_checkpoints", "device")
 # Set from options of our own, so not to be given as `training`.
@@ -148,9 +152,11 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
     inputs = _read(options, config)
     arguments = _arguments(options, work)
     if first:
-        _same_run(work, inputs.facts)
+        _check_same_run(work, inputs.facts)
     try:
         trainer = _trainer(options, inputs, arguments, say)
+        if first:
+            files.write_json(work / RECORD, inputs.facts)
         trainer.train(resume_from_checkpoint=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -276,15 +282,13 @@ def _arguments(options: TrainOptions, work: Path) -> TrainingArguments:
         raise UserError(f"training: {error}") from error
 
 
-def _same_run(work: Path, facts: Mapping[str, Any]) -> None:
-    """Writes down what this run depends on, or refuses to go on with a run of other options or other data."""
-    record = work / "run.json"
-    if not record.exists():
+def _check_same_run(work: Path, facts: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run of other options or other data."""
+    if not (work / RECORD).exists():
         files.refuse_existing(work)
-        files.write_json(record, facts)
         return
-    before, now = files.read_json(record), json.loads(json.dumps(facts))  # both as JSON holds them
-    if before == now:
+    before, now = files.read_json(work / RECORD), json.loads(json.dumps(facts))  # both as JSON holds them
+    if before == now or last_complete(work) is None:
         return
     options = {name for name, value in now["options"].items() if before.get("options", {}).get(name) != value}
     changed = sorted(options or {name for name in now if before.get(name) != now[name]})
@@ -309,10 +313,9 @@ def _trainer(
     count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
     say(f"{count:,} of {total:,} parameters are trained, on {arguments.device}")
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
-        warnings.warn(
+        logger.warning(
             "the trained weights are in half precision, where small updates are lost to rounding; dtype float32 with "
-            "bf16 keeps them, and so does lora_rank",
-            stacklevel=2,
+            "bf16 keeps them"
         )
     return TraceTrainer(
         model,

@@ -264,3 +264,17 @@ def test_a_pattern_without_a_match_leaves_nothing_behind(files, tmp_path):
     with pytest.raises(UserError, match="found in no parameter's name"):
         main(options(files, tmp_path / "out", trainable=["mlp.down_proj.weight"]), lambda message: None)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_half_precision_is_warned_about(files, tmp_path, caplog):
+    main(options(files, tmp_path / "out", steps=1, dtype="bfloat16"), lambda message: None)
+    assert "small updates are lost to rounding" in caplog.text
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_a_run_that_wrote_no_checkpoint_starts_anew(files, tmp_path):
+    with pytest.raises(UserError, match="the loss is"):
+        main(options(files, tmp_path / "out", steps=9, learning_rate=1e30), lambda message: None)
+    main(options(files, tmp_path / "out", steps=1), lambda message: None)
+    assert len(losses(tmp_path / "out")) == 1
