@@ -139,6 +139,7 @@ class TraceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **options: Any,
     ) -> None:
+        _check_arguments(args)
         self._run_folder = Path(str(args.output_dir))
         self.trace_config = config = config or TraceConfig()
         self.calibration = calibration
@@ -356,6 +357,16 @@ class _Beginnings(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin_epoch()
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    for name, reason in (
+        ("auto_find_batch_size", "the documents of a step would depend on the memory; set the batch size"),
+        ("label_smoothing_factor", "the loss is the method's own"),
+        ("use_liger_kernel", "the model's loss is fused already, without logits"),
+    ):
+        if getattr(args, name):
+            raise UserError(f"{name}: got {getattr(args, name)}, allowed is to leave it unset: {reason}")
 
 
 def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,9 @@ def files(tmp_path_factory, checkpoint):
     tokenizer, model = load_tokenizer(options["model"]), load_model(options["model"], device="cpu")
     data = [load_tokens(options[name], tokenizer, progress=False) for name in ("forget", "retain")]
     stats = profile_routing(model, *data, pad_token_id=tokenizer.pad_token_id, progress=False)
-    calibrate(stats, experts_per_layer=2).save(folder / "calibration")
-    return {**options, "calibration": str(folder / "calibration")}
+    for rule in ("balance", "ratio"):
+        calibrate(stats, experts_per_layer=2, rule=rule).save(folder / rule)
+    return {**options, "calibration": str(folder / "balance")}
 
 
 def options(files, output, **changes):
@@ -105,15 +106,19 @@ def test_writes_a_checkpoint_that_forgets(objective, files, tmp_path):
     assert {"torch", "transformers", "trace_kernels"} <= facts["versions"].keys()
 
 
-def test_weightings(files, tmp_path):
+@pytest.mark.parametrize("rule", ["balance", "ratio"])
+def test_weightings(rule, files, tmp_path):
+    calibration = str(Path(files["calibration"]).with_name(rule))
+    first = {}
     for weighting in ("uniform", "reference", "live"):
-        main(options(files, tmp_path / weighting, weighting=weighting, steps=1), lambda message: None)
-    first = {name: record(tmp_path / name)["log"][0] for name in ("uniform", "reference", "live")}
+        output = tmp_path / weighting
+        main(options(files, output, weighting=weighting, calibration=calibration, steps=1), lambda message: None)
+        first[weighting] = record(output)["log"][0]
     assert first["uniform"]["weight_ess"] == pytest.approx(1)
-    assert first["reference"]["weight_ess"] < 0.99
+    assert first["reference"]["weight_max"] > 1.01
     # At the first step the current routing is the original one.
-    assert first["live"]["weight_max"] == pytest.approx(first["reference"]["weight_max"], rel=1e-5)
-    assert first["live"]["weight_mean"] == pytest.approx(first["reference"]["weight_mean"], rel=1e-5)
+    for name in ("weight_max", "weight_mean", "weight_ess"):
+        assert first["live"][name] == pytest.approx(first["reference"][name], rel=1e-5)
     assert record(tmp_path / "uniform")["method"] == "uniform retain weights"
 
 

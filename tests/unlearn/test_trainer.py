@@ -2,7 +2,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from trace_unlearn import checkpoints
 from trace_unlearn.errors import UserError
@@ -259,6 +259,31 @@ def test_resuming_is_the_uninterrupted_run(tmp_path):
         assert torch.equal(found, parameters(whole)[name]), name
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama"])
+def test_every_family_resumes_and_is_saved_whole(family, tied, tmp_path):
+    def begin(name):
+        config = TraceConfig(objective="npo", weighting="uniform")
+        model = tiny.model(family, V, tie_word_embeddings=tied)
+        return trainer(tmp_path / name, model, config, max_steps=3, save_strategy="steps", save_steps=2)
+
+    whole = begin("whole")
+    whole.train()
+    checkpoints.remove(tmp_path / "whole" / "checkpoint-3")
+    resumed = begin("whole")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[-2]["epoch"] == whole.state.log_history[-2]["epoch"]
+    expected = parameters(whole)
+    for name, found in parameters(resumed).items():
+        assert torch.equal(found, expected[name]), name
+    whole.save_unlearned(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+    assert type(loaded) is type(tiny.model(family, V))
+
+
 def test_half_written_checkpoints_do_not_count(tmp_path):
     arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     trained = trainer(tmp_path, **arguments)
@@ -298,6 +323,9 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             TraceConfig(**options)
+    for name, value in (("auto_find_batch_size", True), ("label_smoothing_factor", 0.1), ("use_liger_kernel", True)):
+        with pytest.raises(UserError, match=f"{name}: got {value}"):
+            trainer(tmp_path, **{name: value})
     with pytest.raises(UserError, match="calibration: weighting 'reference' needs one"):
         trainer(tmp_path, retain=documents(4, 2))
     with pytest.raises(UserError, match="calibration: weighting 'live' needs one"):
