@@ -24,7 +24,8 @@ h2 { font-size: 1.25rem; margin: 2.75rem 0 .6rem; padding-top: .9rem; border-top
 h3 { font-size: 1.02rem; margin: 1.6rem 0 .4rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 .subtitle { color: var(--muted); margin-bottom: 1.4rem; }
-.verdict { border-left: 4px solid var(--accent); background: var(--soft); padding: .8rem 1.1rem; max-width: none; }
+.verdict { border-left: 4px solid var(--accent); background: var(--soft); padding: .4rem 1.1rem; margin: 1rem 0; }
+.verdict p { max-width: none; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; margin: 1.2rem 0;
   padding: 0; }
 .tiles > div { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
@@ -72,9 +73,10 @@ class Page:
     def paragraph(self, text: str) -> None:
         self._parts.append(f"<p>{escape(text)}</p>")
 
-    def verdict(self, text: str) -> None:
-        """A paragraph that stands out: what the page amounts to."""
-        self._parts.append(f'<p class="verdict">{escape(text)}</p>')
+    def verdict(self, sentences: Sequence[str]) -> None:
+        """Paragraphs that stand out: what the page amounts to."""
+        text = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+        self._parts.append(f'<div class="verdict">{text}</div>')
 
     def tiles(self, figures: Sequence[tuple[str, object]]) -> None:
         """Key figures, each with what it is."""
@@ -112,8 +114,9 @@ class Page:
 
         self._pictures[f"{name}.png"] = data = png(figure)
         source = base64.b64encode(data).decode("ascii")
+        width, height = (round(100 * inches) for inches in figure.get_size_inches())
         self._parts.append(
-            f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{source}">'
+            f'<figure><img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/png;base64,{source}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from trace_unlearn.calibrate import Calibration
     from trace_unlearn.profile import RoutingStatistics
 
+MAIN_MEASURES = {
+    "nll": "NLL (nats a token)",
+    "fact_accuracy": "fact accuracy",
+    "rouge_l_f1": "ROUGE-L F1",
+    "routing_shift.changed": "share of expert choices changed",
+}
 LISTED_EXPERTS = 24  # rows of the experts' table that are shown unfolded
 
 
@@ -108,10 +114,8 @@ def describe_calibration(
     )
     page.tiles(
         [
-            ("mean error on the chosen experts, before", float(before.mean())),
-            ("after", float(calibration.mean_error)),
-            ("largest error, before", float(before.max())),
-            ("after", float(calibration.max_error)),
+            ("mean error, uniform weights → these", f"{before.mean():.3f} → {calibration.mean_error:.3f}"),
+            ("largest error, uniform weights → these", f"{before.max():.3f} → {calibration.max_error:.3f}"),
             ("effective sample size", float(calibration.ess)),
             ("largest weight", float(calibration.largest_weight)),
         ]
@@ -197,12 +201,22 @@ def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
 
 
 def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table of the measures, a column for each checkpoint."""
+    """The main measures, a column for each checkpoint, and all others in a folded table."""
     page.heading("Metrics")
     columns = {name: flatten(_scalars(measures)) for name, measures in checkpoints.items()}
     names = list(dict.fromkeys(key for values in columns.values() for key in values))
-    rows = [[name, *(values.get(name) for values in columns.values())] for name in names]
-    page.table("Measures of each checkpoint; NLL in nats a token", ["measure", *columns], rows)
+    main = [name for name in names if name.partition(".")[2] in MAIN_MEASURES]
+    for caption, shown in (
+        ("Main measures of each checkpoint", main),
+        ("All other measures", [name for name in names if name not in main]),
+    ):
+        rows = [[_title(name), *(values.get(name) for values in columns.values())] for name in shown]
+        page.table(caption, ["measure", *columns], rows, folded=shown is not main)
+
+
+def _title(name: str) -> str:
+    data, _, measure = name.partition(".")
+    return f"{data}: {MAIN_MEASURES.get(measure, measure)}"
 
 
 def _scalars(value: Mapping[str, Any]) -> dict[str, Any]:

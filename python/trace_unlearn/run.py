@@ -6,14 +6,12 @@ run folder records both. A step that was made otherwise is refused, never silent
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from trace_unlearn.calibrate import CalibrateOptions
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import EvaluateOptions
 from trace_unlearn.files import read_json, write_json
+from trace_unlearn.lock import alone
 from trace_unlearn.profile import ProfileOptions
 from trace_unlearn.report import ReportOptions
 from trace_unlearn.train import TrainOptions
@@ -107,7 +106,7 @@ def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
     steps = _steps(options)
     say(f"run: {', then '.join(step.verb for step in steps)} -> {output}")
     output.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
+    with alone(output):
         record = read_json(output / RECORD) if (output / RECORD).is_file() else {}
         finished = {step.verb for step in steps if step.is_finished(output, record.get(step.verb))}
         for step in steps:
@@ -262,14 +261,3 @@ def _digest_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             whole.update(chunk)
     return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder while this one works in it; the system lets go when the process ends."""
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output: another run is at work in {output}") from None
-        yield

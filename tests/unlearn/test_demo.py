@@ -170,6 +170,11 @@ def test_tasks_wait_for_what_they_need(tmp_path):
     assert {"a"} in seen
 
 
+def test_a_users_mistake_in_a_task_stays_one():
+    with pytest.raises(UserError, match="disk full"):
+        workers.run_tasks([workers.Task("bad", worker_tasks.mistake, ())], 1, lambda *_: None)
+
+
 def test_a_failed_task_ends_everything(tmp_path):
     tasks = [
         workers.Task("long", worker_tasks.sleep, (tmp_path / "begun",)),

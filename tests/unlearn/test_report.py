@@ -165,7 +165,7 @@ def test_histogram_of_equal_weights_and_zeros():
 def test_page_escapes_everything():
     page = Page("<t>", "<s>")
     page.heading("<h>")
-    page.verdict("<v>")
+    page.verdict(["<v>"])
     page.tiles([("<n>", "<x>")])
     page.table("<c>", ["<k>"], [["<r>"]], folded=True)
     html = page.render("<f>")

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from trace_unlearn import cli, run
+from trace_unlearn import cli
 from trace_unlearn.files import read_json
+from trace_unlearn.lock import alone
 from trace_unlearn.model import load_model
 
 FORGET = [f"the capital of w{i} is w{i + 1} ." for i in range(12)]
@@ -141,9 +142,9 @@ def test_mistakes_leave_no_product(configuration, capsys, words, said):
 def test_two_runs_do_not_share_a_folder(configuration, capsys):
     _, config, folder = configuration
     folder.mkdir()
-    with run._alone(folder):
+    with alone(folder):
         assert cli.main(["run", str(config)]) == 2
-    assert "another run is at work" in capsys.readouterr().err
+    assert "another process is at work" in capsys.readouterr().err
     assert made(folder) == {}
 
 

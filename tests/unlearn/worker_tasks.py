@@ -2,6 +2,8 @@
 
 import time
 
+from trace_unlearn.errors import UserError
+
 
 def note(path, text, progress):
     progress(1, 2)
@@ -17,3 +19,7 @@ def sleep(path, progress):
     path.write_text("begun")
     progress(0, 1)
     time.sleep(60)
+
+
+def mistake(progress):
+    raise UserError("disk full")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_unlearn.errors import UserError
+from trace_unlearn.lock import alone
 
 if TYPE_CHECKING:
     from trace_unlearn.demo.results import Results
@@ -56,35 +57,49 @@ def main(options: DemoOptions, say: Callable[[str], None] = print) -> None:
 
 def run_demo(options: DemoOptions, recipe: Recipe, say: Callable[[str], None] = print) -> Results:
     """Do what is missing in the output folder, print the results and write the report; returns the results."""
-    from trace_unlearn.demo import unlearn
     from trace_unlearn.demo.results import collect, explain, write_report
-    from trace_unlearn.demo.workers import Task, run_tasks
+    from trace_unlearn.demo.workers import run_tasks
 
     models = _checked(options)
     output = Path(options.output)
     folders = [output / f"model-{seed}" for seed in range(models)]
     started = time.monotonic()
     _claim(output, recipe, options.overwrite)
+    with alone(output):
+        tasks = _missing(folders, options.objective, recipe)
+        workers = min(options.workers or os.cpu_count() or 1, max(len(tasks), 1))
+        _announce(say, options, models, tasks, workers)
+        with _Bar(tasks) as on_progress:
+            run_tasks(tasks, workers, on_progress)
+        results = collect(folders, options.objective, recipe)
+        explain(results, say)
+        page = write_report(output, results, recipe)
+    say(f"\nReport: {page}    ({time.monotonic() - started:.0f} s)")
+    return results
+
+
+def _missing(folders: Sequence[Path], objective: str, recipe: Recipe) -> list[Task]:
+    """The work whose products are not there."""
+    from trace_unlearn.demo.unlearn import ARMS, prepare, unlearn
+    from trace_unlearn.demo.workers import Task
+
     tasks = []
     for seed, folder in enumerate(folders):
         name = f"model {seed}"
         if not (folder / "calibration").is_dir():
-            cost = 0.03 * recipe.pretrain.steps + 4
-            tasks.append(Task(name, unlearn.prepare, (folder, seed, recipe), cost=cost))
-        for arm in unlearn.ARMS:
-            if not (folder / options.objective / arm).is_dir():
-                arguments = (folder, seed, options.objective, arm, recipe)
-                cost = 0.08 * recipe.unlearn_steps
-                tasks.append(Task(f"{name}, {arm}", unlearn.unlearn, arguments, after=(name,), cost=cost))
-    workers = min(options.workers or os.cpu_count() or 1, max(len(tasks), 1))
-    _announce(say, options, models, tasks, workers)
-    with _Bar(tasks) as on_progress:
-        run_tasks(tasks, workers, on_progress)
-    results = collect(folders, options.objective, recipe)
-    explain(results, say)
-    page = write_report(output, results, recipe)
-    say(f"\nReport: {page}    ({time.monotonic() - started:.0f} s)")
-    return results
+            tasks.append(Task(name, prepare, (folder, seed, recipe), cost=0.03 * recipe.pretrain.steps + 4))
+        tasks += [
+            Task(
+                f"{name}, {arm}",
+                unlearn,
+                (folder, seed, objective, arm, recipe),
+                after=(name,),
+                cost=0.08 * recipe.unlearn_steps,
+            )
+            for arm in ARMS
+            if not (folder / objective / arm).is_dir()
+        ]
+    return tasks
 
 
 def _checked(options: DemoOptions) -> int:

@@ -96,10 +96,10 @@ def write_report(output: Path, results: Results, recipe: Recipe) -> Path:
     comparison = results.comparison
     page = Page(
         "TRACE on tiny models",
-        f"{len(results.models)} independently pre-trained Mixture-of-Experts model(s), unlearning by "
+        f"{counted(len(results.models), 'independent Mixture-of-Experts model')}, unlearning by "
         f"{TITLES[results.objective]}",
     )
-    page.verdict(" ".join(verdict(comparison, TRACE, CONTROL)))
+    page.verdict(verdict(comparison, TRACE, CONTROL))
     page.paragraph(
         "Each model learnt invented facts of five domains and is made to forget some facts of the first one (F). To be "
         "kept are: neighbours in the same domain, of which the retain set has nothing (N); adjacent facts of the same "
@@ -201,9 +201,18 @@ def _utility_rows(results: Results) -> tuple[list[str], list[list[object]]]:
     return columns, rows
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "model"), counted(3, "model")
+    ('1 model', '3 models')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _range(results: Results) -> str:
     low, high = FORGET_NLL
-    text = f"{low} to {high}, {results.comparison.models} model(s)"
+    text = f"{low} to {high}, {counted(results.comparison.models, 'model')}"
     cut = [f"{top:.1f}" for _, top in results.comparison.ranges if top < high]
     if cut:
         text += f"; {len(cut)} of them only to {', '.join(cut)}, where an arm stopped"

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from trace_unlearn.errors import UserError
+
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
@@ -38,7 +40,8 @@ def run_tasks(tasks: Sequence[Task], workers: int, on_progress: Callable[[Sequen
     Tasks in `after` that are not among `tasks` count as done. Leaving early, by an error or Ctrl-C, ends the workers.
 
     Raises:
-        WorkerError: a task raised, or its worker died.
+        UserError: a task raised it.
+        WorkerError: a task raised anything else, or its worker died.
     """
     names = {task.name for task in tasks}
     waiting = list(tasks)
@@ -62,6 +65,8 @@ def run_tasks(tasks: Sequence[Task], workers: int, on_progress: Callable[[Sequen
                     kind, value = ready.recv()
                 except EOFError:
                     raise WorkerError(f"{task.name}: its worker process died") from None
+                if kind == "mistake":
+                    raise UserError(value)
                 if kind == "error":
                     raise WorkerError(f"{task.name} failed:\n{value}")
                 task.done = value if kind == "progress" else 1.0
@@ -117,6 +122,8 @@ def _serve(connection: Connection) -> None:
                 function(*arguments, progress)
             except (BrokenPipeError, ConnectionResetError):
                 raise
+            except UserError as error:
+                connection.send(("mistake", str(error)))
             except Exception:
                 connection.send(("error", traceback.format_exc()))
             else:
