@@ -1,8 +1,13 @@
 """The demo: its world, its arithmetic, its workers, and the whole of it in a small configuration."""
 
+import contextlib
 import json
 import math
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -287,6 +292,46 @@ def test_an_interrupted_demo_goes_on(demo):
         torch.tensor([point["F_nll"] for point in again.models[0].curves["TRACE"]]),
         torch.tensor([point["F_nll"] for point in results.models[0].curves["TRACE"]]),
     )
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_at_work_it_leaves_no_process_and_nothing_half_made(tmp_path, signal_number, exit_code):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "trace_unlearn.cli", "demo", "--quick", "--output", str(output)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "model-0" / "data").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal_number)
+        message = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == exit_code
+        assert "Traceback" not in message
+        while alive(process.pid):  # the workers see that the parent is gone
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.05)
+        assert not list(output.rglob("*.partial"))
+        assert [path.name for path in (output / "model-0").iterdir()] == ["data"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
