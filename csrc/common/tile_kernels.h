@@ -17,7 +17,7 @@ namespace tk {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline constexpr int64_t kKC = 256;            // dwords of K per block
+inline constexpr int64_t kKC = 512;            // dwords of K per block
 inline constexpr int64_t kKS = kKC + 16;       // row stride of packed A, in dwords
 inline constexpr int64_t kKPad = 16;           // K2 is padded to this
 inline constexpr int64_t kRowPad = 32;         // rows of A and C are padded to this
@@ -64,21 +64,24 @@ struct TileKernels {
   void (*pack_bt)(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* out);
   // B[k,n] = rows[k][n]: contraction along the rows of the source.
   void (*pack_b)(const Rows& rows, int64_t k_elems, int64_t n, uint32_t* out);
+  // Both of a tile of W at once, reading it once: bt as pack_bt(rows, n, k_elems), b as pack_b(rows, n, k_elems).
+  void (*pack_both)(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* bt, uint32_t* b);
   // C[m,n] (+)= A B. `a` points at the slab row to start with, rows_a is the slab height of the whole buffer.
   void (*gemm)(const uint32_t* a, int64_t rows_a, const uint32_t* b, float* c, int64_t ldc, int64_t m, int64_t n,
                int64_t k2, bool accumulate);
   // One column tile [v0, v0 + cols) of the online softmax: s [rows, cols] holds raw dot products and is overwritten.
-  // Writes p = exp(z - max) * softcap' (target column: 0) to packed A `p` unless null; where the maximum of a row
-  // grew by more than a factor of e^8, the row of d [rows, ldd] is rescaled along with the state.
+  // Writes p = exp(z - max) * softcap' (target column: 0) to packed A `p`, from element p_offset on, unless null.
+  // Where the maximum of a row grew by more than a factor of e^8, what was accumulated with the old one is rescaled:
+  // the state, the row of d [rows, ldd] unless null, and elements [0, p_offset) of p.
   void (*softmax_tile)(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
-                       const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, float* d,
-                       int64_t ldd);
+                       const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
+                       float* d, int64_t ldd);
   // The transposed tile of the gradient: s [cols of the vocabulary, rows] holds raw dot products. Writes
   // dz[v,t] = g_t * scale * softcap' * ((v == target_t) - exp(z - lse_t)) to packed A; adds its row sums to dbias
   // [cols].
   void (*gradient_tile)(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
                         const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
-                        float* dbias);
+                        int64_t dz_offset, float* dbias);
   // out[r] (in `type`, row stride in elements) = c[r] for n columns.
   void (*store_rows)(const float* c, int64_t ldc, int64_t m, int64_t n, Type type, void* out, int64_t stride);
   // out = alpha * row + sum_j beta[j] * parts[j], n columns, rounded once to `type`.

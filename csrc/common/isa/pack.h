@@ -76,60 +76,89 @@ TK_INLINE void transpose(vu (&v)[kLanes]) {
   }
 }
 
-template <bool Pairs>
-void pack_bt(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* out) {
-  const int64_t k2 = round_up(Pairs ? (k_elems + 1) / 2 : k_elems, kKPad);
-  const int64_t n_padded = round_up(n, kNR);
-  for_type<Pairs>(rows.type, [&]<Type T>() {
-    for (int64_t n0 = 0; n0 < n_padded; n0 += kLanes) {
-      uint32_t* panel = out + n0 / kNR * k2 * kNR + n0 % kNR;
-      const void* source[kLanes];
-      for (int i = 0; i < kLanes; ++i) source[i] = n0 + i < n ? row_of(rows, n0 + i) : nullptr;
-      for (int64_t k = 0; k < k2; k += kLanes) {
-        vu v[kLanes];
-        if (n0 + kLanes <= n) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) v[i] = load_dwords<T, Pairs>(source[i], k, k_elems);
-        } else {
-          for (int i = 0; i < kLanes; ++i) v[i] = source[i] ? load_dwords<T, Pairs>(source[i], k, k_elems) : vu{};
+// Two neighbouring rows of bf16, 2 kLanes columns each, to pairs along the rows: dwords of columns 0.., kLanes...
+TK_INLINE void interleave(vu even, vu odd, vu* first, vu* second) {
+  vu low = {}, high = {};
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = static_cast<uint32_t>(i / 2 + (i % 2) * kLanes);
+    high[i] = low[i] + kLanes / 2;
+  }
+  const vu x = (even & 0xffffu) | (odd << 16), y = (even >> 16) | (odd & 0xffff0000u);  // even, odd columns
+  *first = __builtin_shuffle(x, y, low);
+  *second = __builtin_shuffle(x, y, high);
+}
+
+// Blocks of kLanes rows by kLanes dwords: transposed to bt, in order to b. `bt` is null for the second form only.
+template <Type T, bool Pairs>
+void pack_blocks(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* bt, uint32_t* b) {
+  constexpr int kPer = Pairs ? 2 : 1;
+  const int64_t k2 = round_up((k_elems + kPer - 1) / kPer, kKPad);  // of bt
+  const int64_t n_padded = round_up(n, kNR);                        // columns of bt
+  const int64_t b_k2 = round_up((n + kPer - 1) / kPer, kKPad);      // of b
+  const int64_t b_dwords = round_up(k_elems, kNR) / kPer;           // source dwords that b's columns take
+  const int64_t blocks_end = round_up(b_k2 * kPer > n_padded ? b_k2 * kPer : n_padded, kLanes);
+  const int64_t k_end = k2 > b_dwords ? k2 : b_dwords;
+  constexpr int64_t kAhead = 1024;  // bytes of a row; the memory's latency at a row's share of its bandwidth
+  for (int64_t n0 = 0; n0 < blocks_end; n0 += kLanes) {
+    const void* source[kLanes];
+    for (int i = 0; i < kLanes; ++i) source[i] = n0 + i < n ? row_of(rows, n0 + i) : nullptr;
+    const bool whole = n0 + kLanes <= n;
+    for (int64_t k = 0; k < k_end; k += kLanes) {
+      vu v[kLanes];
+      if (whole) {
+        const int64_t here = k * kPer * size_of(T), width = k_elems * size_of(T);
+        for (int i = 0; i < kLanes; ++i) {
+          const auto* row = static_cast<const char*>(source[i]);
+          // Past the end of this row comes the start of the row that the next block reads in its place.
+          const int64_t at =
+              here + kAhead < width ? here + kAhead : here + kAhead - width + kLanes * rows.stride * size_of(T);
+          __builtin_prefetch(row + at, 0, 2);
         }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) v[i] = load_dwords<T, Pairs>(source[i], k, k_elems);
+      } else {
+        for (int i = 0; i < kLanes; ++i) v[i] = source[i] ? load_dwords<T, Pairs>(source[i], k, k_elems) : vu{};
+      }
+      if (b != nullptr && k < b_dwords) {
+        const int64_t column = k * kPer;
+        uint32_t* to = b + (column / kNR * b_k2 + n0 / kPer) * kNR + column % kNR;
+        const int64_t rows_left = b_k2 - n0 / kPer;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes / kPer; ++i) {
+          if (i >= rows_left) break;
+          if constexpr (Pairs) {
+            vu first, second;
+            interleave(v[2 * i], v[2 * i + 1], &first, &second);
+            store(to + i * kNR, first);
+            store(to + i * kNR + kLanes, second);
+          } else {
+            store(to + i * kNR, v[i]);
+          }
+        }
+      }
+      if (bt != nullptr && k < k2 && n0 < n_padded) {
+        uint32_t* to = bt + (n0 / kNR * k2 + k) * kNR + n0 % kNR;
         transpose(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * kNR, v[i]);
+        for (int i = 0; i < kLanes; ++i) store(to + i * kNR, v[i]);
       }
     }
-  });
+  }
+}
+
+template <bool Pairs>
+void pack_bt(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* out) {
+  for_type<Pairs>(rows.type, [&]<Type T>() { pack_blocks<T, Pairs>(rows, n, k_elems, out, nullptr); });
 }
 
 template <bool Pairs>
 void pack_b(const Rows& rows, int64_t k_elems, int64_t n, uint32_t* out) {
-  const int64_t k2 = round_up(Pairs ? (k_elems + 1) / 2 : k_elems, kKPad);
-  const int64_t n_padded = round_up(n, kNR);
-  for_type<Pairs>(rows.type, [&]<Type T>() {
-    for (int64_t k = 0; k < k2; ++k) {
-      if constexpr (Pairs) {
-        const void* even = 2 * k < k_elems ? row_of(rows, 2 * k) : nullptr;
-        const void* odd = 2 * k + 1 < k_elems ? row_of(rows, 2 * k + 1) : nullptr;
-        for (int64_t n0 = 0; n0 < n_padded; n0 += kLanes) {
-          vh lower = {}, upper = {};
-          if (n0 + kLanes <= n) {
-            if (even) lower = load<vh>(static_cast<const uint16_t*>(even) + n0);
-            if (odd) upper = load<vh>(static_cast<const uint16_t*>(odd) + n0);
-          } else if (n0 < n) {
-            const auto bytes = static_cast<size_t>(n - n0) * 2;
-            if (even) memcpy(&lower, static_cast<const uint16_t*>(even) + n0, bytes);
-            if (odd) memcpy(&upper, static_cast<const uint16_t*>(odd) + n0, bytes);
-          }
-          const vu v = __builtin_convertvector(lower, vu) | (__builtin_convertvector(upper, vu) << 16);
-          store(out + (n0 / kNR * k2 + k) * kNR + n0 % kNR, v);
-        }
-      } else {
-        const void* row = k < k_elems ? row_of(rows, k) : nullptr;
-        for (int64_t n0 = 0; n0 < n_padded; n0 += kLanes)
-          store(out + (n0 / kNR * k2 + k) * kNR + n0 % kNR, row ? load_dwords<T, false>(row, n0, n) : vu{});
-      }
-    }
-  });
+  for_type<Pairs>(rows.type, [&]<Type T>() { pack_blocks<T, Pairs>(rows, k_elems, n, nullptr, out); });
+}
+
+template <bool Pairs>
+void pack_both(const Rows& rows, int64_t n, int64_t k_elems, uint32_t* bt, uint32_t* b) {
+  for_type<Pairs>(rows.type, [&]<Type T>() { pack_blocks<T, Pairs>(rows, n, k_elems, bt, b); });
 }
 
 template <Type T>
@@ -143,13 +172,36 @@ TK_INLINE void store_some(void* out, int64_t offset, vf v, int64_t left) {
   }
 }
 
+// A store that does not read the line first: for results larger than any cache. p is aligned to the vector.
+template <Type T>
+TK_INLINE void stream(void* p, vf v) {
+#if defined(__AVX512F__)
+  if constexpr (T == Type::f32) {
+    _mm512_stream_ps(static_cast<float*>(p), v);
+  } else {
+    const vh half = T == Type::bf16 ? to_bf16(v) : to_f16(v);
+    _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(half));
+  }
+#else
+  store_float<T>(p, 0, v);
+#endif
+}
+
 inline void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, Type type, void* out, int64_t stride) {
   for_type<false>(type, [&]<Type T>() {
+    constexpr int64_t kBytes = kLanes * size_of(T);
+    const bool aligned = (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(stride * size_of(T))) % kBytes == 0;
     for (int64_t r = 0; r < m; ++r) {
-      void* to = static_cast<char*>(out) + r * stride * size_of(T);
-      for (int64_t i = 0; i < n; i += kLanes) store_some<T>(to, i, load<vf>(c + r * ldc + i), n - i);
+      auto* to = static_cast<char*>(out) + r * stride * size_of(T);
+      int64_t i = 0;
+      if (aligned)
+        for (; i + kLanes <= n; i += kLanes) stream<T>(to + i * size_of(T), load<vf>(c + r * ldc + i));
+      for (; i < n; i += kLanes) store_some<T>(to, i, load<vf>(c + r * ldc + i), n - i);
     }
   });
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 inline void combine_row(const float* const* parts, const float* beta, int64_t num_parts, const void* row, float alpha,

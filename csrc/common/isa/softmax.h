@@ -36,6 +36,14 @@ TK_INLINE void store_packed(uint32_t* a, int64_t rows_a, int64_t r, int64_t k, v
 
 TK_INLINE float exp_scalar(float x) { return exp_vec(splat(x))[0]; }
 
+template <bool Pairs>
+TK_INLINE vf load_packed(const uint32_t* a, int64_t rows_a, int64_t r, int64_t k) {
+  const int64_t k2 = Pairs ? k / 2 : k;
+  const uint32_t* from = a + (k2 / kKC * rows_a + r) * kKS + k2 % kKC;
+  if constexpr (Pairs) return from_bf16(load<vh>(from));
+  return load<vf>(from);
+}
+
 // Raw dot products of one row to logits, in place; slopes gets softcap' when there is a cap. Rows of s are padded, so
 // whole vectors are read and written.
 TK_INLINE void map_row(float* row, int64_t cols, int64_t v0, const LogitMap& map, float* slopes) {
@@ -66,7 +74,8 @@ TK_INLINE float row_max(const float* row, int64_t cols) {
 
 template <bool Pairs>
 void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
-                  const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, float* d, int64_t ldd) {
+                  const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
+                  float* d, int64_t ldd) {
   const float infinity = __builtin_inff();
   constexpr float kLogLimit = 8.0f;  // p up to e^8 costs no accuracy, and saves nearly every rescaling of d
   const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad);
@@ -88,6 +97,9 @@ void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0,
       state.sum[r] *= factor;
       if (d != nullptr && reference != -infinity)
         for (int64_t i = 0; i < ldd; i += kLanes) store(d + r * ldd + i, load<vf>(d + r * ldd + i) * factor);
+      if (p != nullptr && reference != -infinity)
+        for (int64_t k = 0; k < p_offset; k += kLanes)
+          store_packed<Pairs>(p, rows_p, r, k, load_packed<Pairs>(p, rows_p, r, k) * factor);
       state.max[r] = reference = best;
     }
     const float offset = reference == -infinity ? 0.0f : reference;
@@ -100,7 +112,7 @@ void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0,
         total[c / kLanes % 2] += e;
         if (map.cap != 0.0f) e *= keep_lanes(load<vf>(slopes + c), cols - c, 0.0f);
       }
-      if (p != nullptr) store_packed<Pairs>(p, rows_p, r, c, e);
+      if (p != nullptr) store_packed<Pairs>(p, rows_p, r, p_offset + c, e);
     }
     state.sum[r] += sum_lanes(total[0] + total[1]);
   }
@@ -121,7 +133,7 @@ TK_INLINE vf map_vec(vf s, float bias, const LogitMap& map, vf* slope) {
 template <bool Pairs>
 void gradient_tile(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
                    const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
-                   float* dbias) {
+                   int64_t dz_offset, float* dbias) {
   const int64_t padded = round_up(rows, Pairs ? 2 * kKPad : kKPad);
   for (int64_t v = 0; v < cols; ++v) {
     const float bias = map.bias != nullptr ? map.bias[v0 + v] : 0.0f;
@@ -135,7 +147,7 @@ void gradient_tile(const float* s, int64_t lds, int64_t cols, int64_t rows, int6
         value = keep_lanes(exp_vec(log_p) * load_left(g + t, rows - t) * -slope, rows - t, 0.0f);
         total += value;
       }
-      store_packed<Pairs>(dz, rows_dz, v, t, value);
+      store_packed<Pairs>(dz, rows_dz, v, dz_offset + t, value);
     }
     if (dbias != nullptr) dbias[v] += sum_lanes(total);
   }
@@ -149,11 +161,11 @@ void gradient_tile(const float* s, int64_t lds, int64_t cols, int64_t rows, int6
     const float unit = g[t] * slope[0];
     const float value = -__builtin_expm1f(log_p) * unit;
     if (dbias != nullptr) dbias[v] += value + exp_vec(splat(log_p))[0] * unit;
-    const int64_t k2 = Pairs ? t / 2 : t;
+    const int64_t k = dz_offset + t, k2 = Pairs ? k / 2 : k;
     uint32_t* to = dz + (k2 / kKC * rows_dz + v) * kKS + k2 % kKC;
     if constexpr (Pairs) {
       const vh rounded = to_bf16(splat(value));
-      memcpy(reinterpret_cast<uint16_t*>(to) + t % 2, &rounded, 2);
+      memcpy(reinterpret_cast<uint16_t*>(to) + k % 2, &rounded, 2);
     } else {
       memcpy(to, &value, 4);
     }

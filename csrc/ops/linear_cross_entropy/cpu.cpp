@@ -42,6 +42,8 @@ struct Plan {
 };
 
 // Bytes of scratch per thread: the packed tile of W (twice when the gradient is wanted) and the fp32 gradient.
+// Scores exist for kScoreCols columns at a time, so that they stay in the cache next to the operands.
+constexpr int64_t kScoreCols = 256;
 constexpr int64_t kPackBytes = int64_t{8} << 20, kGradientBytes = int64_t{8} << 20;
 
 Plan make_plan(const TileKernels& kernels, const Problem& p, bool gradient, int threads) {
@@ -79,7 +81,7 @@ class Forward {
           {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<float>(rows), memory_.add<float>(rows)});
       for (int m = 0; m < plan_.members; ++m) {
         threads_.push_back({memory_.add<uint32_t>(h2_ * cols_), memory_.add<uint32_t>(gradient ? c2_ * ldd_ : 0),
-                            memory_.add<float>(plan_.tile_rows * cols_),
+                            memory_.add<float>(plan_.tile_rows * kScoreCols),
                             memory_.add<uint32_t>(gradient ? packed_a_dwords(c2_, plan_.tile_rows) : 0),
                             memory_.add<float>(gradient ? rows * ldd_ : 0), memory_.add<float>(rows),
                             memory_.add<float>(rows)});
@@ -98,6 +100,7 @@ class Forward {
     const int groups = as_planned ? plan_.groups : 1;
     const int group = thread / members, member = thread % members;
     if (group >= groups) return;
+    const FlushDenormals flush;
     for (int64_t r0 = group * plan_.block_rows; r0 < p_.num_rows; r0 += groups * plan_.block_rows)
       block(r0, std::min(plan_.block_rows, p_.num_rows - r0), group, member, members);
   }
@@ -157,18 +160,24 @@ class Forward {
     auto* d = gradient ? memory_.at<float>(mine.d) : nullptr;
     Rows weight = p_.weight;
     weight.data = static_cast<const char*>(weight.data) + v0 * weight.stride * (weight.type == Type::f32 ? 4 : 2);
-    kernels_.pack_bt(weight, cols, p_.H, bt);
-    if (gradient) kernels_.pack_b(weight, cols, p_.H, b);
-    const int64_t lds = cols_;
+    if (gradient) {
+      kernels_.pack_both(weight, cols, p_.H, bt, b);
+    } else {
+      kernels_.pack_bt(weight, cols, p_.H, bt);
+    }
     for (int64_t t0 = 0; t0 < rows; t0 += plan_.tile_rows) {
       const int64_t n = std::min(plan_.tile_rows, rows - t0);
-      kernels_.gemm(a + t0 * kKS, block_rows, bt, s, lds, n, cols, h2_, false);
       const SoftmaxState state{memory_.at<float>(mine.max) + t0, memory_.at<float>(mine.sum) + t0,
                                memory_.at<float>(shared.target_logit) + t0,
                                memory_.at<float>(shared.target_slope) + t0};
       // The first tile finds no gradient to rescale.
-      kernels_.softmax_tile(s, lds, n, cols, v0, p_.target + r0 + t0, p_.map, state, packed_p, plan_.tile_rows,
-                            first || !gradient ? nullptr : d + t0 * ldd_, ldd_);
+      float* accumulated = first || !gradient ? nullptr : d + t0 * ldd_;
+      for (int64_t c0 = 0; c0 < cols; c0 += kScoreCols) {
+        const int64_t width = std::min(kScoreCols, cols - c0);
+        kernels_.gemm(a + t0 * kKS, block_rows, bt + c0 * h2_, s, kScoreCols, n, width, h2_, false);
+        kernels_.softmax_tile(s, kScoreCols, n, width, v0 + c0, p_.target + r0 + t0, p_.map, state, packed_p,
+                              plan_.tile_rows, c0, accumulated, ldd_);
+      }
       if (gradient)
         kernels_.gemm(packed_p, plan_.tile_rows, b, d + t0 * ldd_, ldd_, n, p_.H, k_dwords(kernels_, cols), !first);
     }
@@ -271,7 +280,10 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
   const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
                                softcap, scale);
   const TileKernels& kernels = tile_kernels(p.weight.type);
-  constexpr int64_t kChunk = 512, kTile = 256;
+  constexpr int64_t kChunk = 1024;  // rows of hidden
+  // Columns of the vocabulary. With few rows the fp32 gradient of the tile is what must stay in the cache.
+  const int64_t tile =
+      num_rows > 256 ? 256 : std::clamp<int64_t>((int64_t{1} << 17) / H / kRowPad * kRowPad, kRowPad, 256);
   const int64_t chunk = std::min(kChunk, round_up(num_rows, kColPad));
   const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
   const int64_t h2 = k_dwords(kernels, H), t2 = k_dwords(kernels, chunk), ldd = round_up(H, kColPad);
@@ -284,13 +296,14 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
   };
   std::vector<ThreadMemory> own;
   for (int i = 0; i < threads; ++i)
-    own.push_back({memory.add<uint32_t>(packed_a_dwords(h2, kTile)), memory.add<float>(kTile * chunk),
-                   memory.add<uint32_t>(packed_a_dwords(t2, kTile)), memory.add<float>(kTile * ldd),
-                   memory.add<float>(kTile)});
+    own.push_back({memory.add<uint32_t>(packed_a_dwords(h2, tile)), memory.add<float>(tile * kScoreCols),
+                   memory.add<uint32_t>(packed_a_dwords(t2, tile)), memory.add<float>(tile * ldd),
+                   memory.add<float>(tile)});
   memory.allocate();
   Barrier barrier;
   const int64_t bytes = p.weight.type == Type::f32 ? 4 : 2;
   parallel(threads, [&](int thread, int of) {
+    const FlushDenormals flush;
     for (int64_t item = thread; item < 2 * num_chunks; item += of) {
       const int64_t i = item / 2, t0 = i * chunk, n = std::min(chunk, num_rows - t0);
       Rows rows = p.hidden;
@@ -314,19 +327,23 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
     auto* bias_sums = memory.at<float>(mine.dbias);
     const Range units = split((V + kRowPad - 1) / kRowPad, thread, of);
     const int64_t end = std::min(units.end * kRowPad, V);
-    for (int64_t v0 = units.begin * kRowPad; v0 < end; v0 += kTile) {
-      const int64_t cols = std::min(kTile, end - v0);
+    for (int64_t v0 = units.begin * kRowPad; v0 < end; v0 += tile) {
+      const int64_t cols = std::min(tile, end - v0);
       Rows rows = p.weight;
       rows.data = static_cast<const char*>(rows.data) + v0 * rows.stride * bytes;
-      kernels.pack_a(rows, cols, round_up(cols, kRowPad), H, kTile, a);
-      std::fill(bias_sums, bias_sums + kTile, 0.0f);
+      kernels.pack_a(rows, cols, round_up(cols, kRowPad), H, tile, a);
+      std::fill(bias_sums, bias_sums + tile, 0.0f);
       for (int64_t i = 0; i < num_chunks; ++i) {
         const int64_t t0 = i * chunk, n = std::min(chunk, num_rows - t0);
-        kernels.gemm(a, kTile, memory.at<uint32_t>(bt_at) + i * bt_size, s, chunk, cols, n, h2, false);
-        kernels.gradient_tile(s, chunk, cols, n, v0, p.target + t0, p.map,
-                              {reinterpret_cast<const float*>(lse) + t0, reinterpret_cast<const float*>(lse_low) + t0},
-                              reinterpret_cast<const float*>(row_grad) + t0, dz, kTile, bias_sums);
-        kernels.gemm(dz, kTile, memory.at<uint32_t>(b_at) + i * b_size, acc, ldd, cols, H, k_dwords(kernels, n), i > 0);
+        for (int64_t c0 = 0; c0 < n; c0 += kScoreCols) {
+          const int64_t at = t0 + c0, width = std::min(kScoreCols, n - c0);
+          kernels.gemm(a, tile, memory.at<uint32_t>(bt_at) + i * bt_size + c0 * h2, s, kScoreCols, cols, width, h2,
+                       false);
+          const LogSumExp sums{reinterpret_cast<const float*>(lse) + at, reinterpret_cast<const float*>(lse_low) + at};
+          kernels.gradient_tile(s, kScoreCols, cols, width, v0, p.target + at, p.map, sums,
+                                reinterpret_cast<const float*>(row_grad) + at, dz, tile, c0, bias_sums);
+        }
+        kernels.gemm(dz, tile, memory.at<uint32_t>(b_at) + i * b_size, acc, ldd, cols, H, k_dwords(kernels, n), i > 0);
       }
       kernels.store_rows(acc, ldd, cols, H, p.weight.type, reinterpret_cast<char*>(dweight) + v0 * H * bytes, H);
       if (dbias != 0) std::copy(bias_sums, bias_sums + cols, reinterpret_cast<float*>(dbias) + v0);
