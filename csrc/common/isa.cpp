@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common/registry.h"
+#include "common/row_kernels.h"
 #include "common/tile_kernels.h"
 
 #if defined(__x86_64__)
@@ -19,6 +20,7 @@ namespace tk {
   namespace name {                        \
   extern const TileKernels kFloatKernels; \
   extern const TileKernels kPairKernels;  \
+  extern const RowKernels kRowKernels;    \
   }
 TK_DECLARE_KERNELS(portable)
 TK_DECLARE_KERNELS(avx2)
@@ -120,6 +122,23 @@ const TileKernels& tile_kernels(Type type) {
 #endif
     default:
       return portable::kFloatKernels;
+  }
+}
+
+const RowKernels& row_kernels() {
+  switch (current_isa()) {
+#if TK_ISA_X86
+    case Isa::amx:
+      return amx::kRowKernels;
+    case Isa::avx512bf16:
+      return avx512bf16::kRowKernels;
+    case Isa::avx512:
+      return avx512::kRowKernels;
+    case Isa::avx2:
+      return avx2::kRowKernels;
+#endif
+    default:
+      return portable::kRowKernels;
   }
 }
 

@@ -1,5 +1,5 @@
 // Compiled once per instruction set: CMakeLists.txt sets the flags and TK_ISA, the namespace.
-#include "common/isa/softmax.h"
+#include "common/isa/rows.h"
 
 namespace tk {
 namespace TK_ISA {
@@ -17,6 +17,9 @@ const TileKernels kFloatKernels = {"fp32",
                                    &gradient_tile<false>,
                                    &store_rows,
                                    &combine_row};
+
+extern const RowKernels kRowKernels;
+const RowKernels kRowKernels = {&row_log_sum, &row_gradient, &row_logit};
 
 #if defined(__AVX512BF16__)
 extern const TileKernels kPairKernels;

@@ -8,12 +8,19 @@ import torch
 
 from trace_kernels import losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
-from trace_kernels.ops.cross_entropy import reference
+from trace_kernels.ops.cross_entropy import native, reference
 
 # A backend's ``refuse`` gets the logits [T, V]; its functions have the arguments of reference.py. logits may have any
 # strides; target, lse and grad_logp are contiguous.
 backends = OpBackends("cross_entropy")
 backends.register("reference", forward=reference.forward, backward=reference.backward)
+backends.register(
+    "cpu",
+    unavailable=native.cpu_unavailable,
+    refuse=native.refuse_cpu,
+    forward=native.forward_cpu,
+    backward=native.backward_cpu,
+)
 triton_backend.register(backends, __package__, "forward", "backward")
 
 
