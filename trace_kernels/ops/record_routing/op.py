@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels import triton_backend, validate
+from trace_kernels import cuda_backend, triton_backend, validate
 from trace_kernels.backends import OpBackends
-from trace_kernels.ops.record_routing import native, reference
+from trace_kernels.ops.record_routing import cuda, native, reference
 
 backends = OpBackends("record_routing_")
 backends.register("reference", forward=reference.record_routing_)
 backends.register("cpu", unavailable=native.cpu_unavailable, refuse=native.refuse_cpu, forward=native.forward_cpu)
 triton_backend.register(backends, __package__, "forward")
+cuda_backend.register(backends, cuda, "forward")
 
 
 def record_routing_(
