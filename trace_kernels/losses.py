@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trace_kernels import validate
+from trace_kernels import triton_backend, validate
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -190,6 +190,15 @@ def scale_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) ->
     scaled = torch.empty_like(stash, memory_format=torch.contiguous_format)
     if stash.numel() == 0:
         return scaled
+    if (
+        stash.device.type == "cuda"
+        and stash.dim() > 1
+        and scale.dtype == torch.float32
+        and triton_backend.triton_unavailable() is None
+    ):
+        from trace_kernels.triton_common import scaled_rows  # imports Triton
+
+        return scaled_rows(stash.reshape(stash.shape[0], -1), scale, scaled.view(stash.shape[0], -1)).view_as(stash)
     # In blocks, because a bfloat16 dW passes through float32.
     block = max(1, 2**18 // max(1, stash[0].numel()))
     for start in range(0, stash.shape[0], block):

@@ -31,7 +31,7 @@ def compile_launch(launch, capability):
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -16,19 +16,17 @@ import triton.language as tl
 
 from trace_kernels.triton_common import (
     LOWEST,
-    Chunks,
-    WeightGradient,
     cdiv,
     column_sums,
-    dense,
     launch,
-    mm_float32,
     scaled_rows,
     store_rounded,
     tile,
     transformed,
     zero_row,
 )
+from trace_kernels.triton_linear import Chunks, WeightGradient, dense, product
+from trace_kernels.triton_matmul import KeptFirst, counting
 
 WARPS = 8
 #: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
@@ -204,8 +202,43 @@ def forward(
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logp [T], lse [T], dhidden [T, H], dweight [V, H], dbias [V]; those not wanted are empty."""
+    options = (ignore_index, softcap or 0.0, logit_scale)
+    if not counting(hidden.dtype):
+        return _forward(
+            hidden,
+            dense(weight),
+            bias,
+            target,
+            row_weight,
+            options,
+            softcap is not None,
+            want_dhidden,
+            want_dweight,
+            None,
+        )
+    order = KeptFirst(target != ignore_index if row_weight is None else (target != ignore_index) & (row_weight != 0))
+    row_weight = None if row_weight is None else order.gathered(row_weight)
+    logp, lse, dhidden, dweight, dbias = _forward(
+        order.gathered(hidden), dense(weight), bias, order.gathered(target), row_weight, options, softcap is not None,
+        want_dhidden, want_dweight, order,
+    )  # fmt: skip
+    return order.scattered(logp), order.scattered(lse), order.scattered(dhidden), dweight, dbias
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    options: tuple[int, float, float],
+    has_softcap: bool,
+    want_dhidden: bool,
+    want_dweight: bool,
+    order: KeptFirst | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`forward` of rows of which, with `order`, the kept ones come first."""
     (T, H), V = hidden.shape, weight.shape[0]
-    weight = dense(weight)
     gradient = want_dhidden or want_dweight
     # float16 has no exponents for unnormalised exponentials: its logits are kept until the row's sum is known.
     scaled = gradient and hidden.dtype != torch.float16
@@ -216,27 +249,27 @@ def forward(
     dweight = WeightGradient(weight, want_dweight)
     dbias = logp.new_zeros(V if want_dweight else 0)
     chunks = Chunks(hidden, V, gradient, whole=twice)
-    options = (ignore_index, softcap or 0.0, logit_scale)
     state = torch.empty((3, chunks.rows), dtype=torch.float32, device=hidden.device)
     for rows in chunks.slices():
         R = rows.stop - rows.start
         dz, labels = chunks.dz(rows), target[rows]
         weights = None if row_weight is None else row_weight[rows]
+        count = None if order is None else order.in_chunk(rows)
         for block in chunks.blocks():
             z = chunks.logits(rows, block)
-            mm_float32(hidden[rows], weight[block].T, z)
+            product(hidden[rows], weight[block].T, z, count)
             lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
             launch(
                 block_kernel, (R,),
                 z, dz, bias, labels, weights, *state, block.start, z.shape[1], z.stride(0), dz.stride(0), *options,
                 num_warps=WARPS, bytes=z.numel() * (4 + scaled * dz.element_size()), cached=4 * z.numel(),
-                HAS_BIAS=bias is not None, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap is not None,
+                HAS_BIAS=bias is not None, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=has_softcap,
                 FIRST=block.start == 0, WRITE=scaled, LAG=LAG, LANES=lanes, VEC=vector,
             )  # fmt: skip
         launch(
             finish_kernel, (cdiv(R, 128),),
             dz, labels, weights, *state, logp[rows], lse[rows], factor[rows], R, V, dz.stride(0), *options,
-            num_warps=4, bytes=48 * R, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap is not None, WRITE=scaled,
+            num_warps=4, bytes=48 * R, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=has_softcap, WRITE=scaled,
             BLOCK=128,
         )  # fmt: skip
         if twice:
@@ -244,13 +277,13 @@ def forward(
             z = chunks.logits(rows, whole)
             _gradient(
                 z, dz, whole, bias, labels, weights, lse[rows], factor[rows], options,
-                has_softcap=softcap is not None, scale=False, cached=False,
+                has_softcap=has_softcap, scale=False, cached=False,
             )  # fmt: skip
         if want_dhidden:
-            scaled_rows(chunks.times(dz, weight), factor[rows], out=dhidden[rows])
+            scaled_rows(chunks.times(dz, weight, count), factor[rows], out=dhidden[rows])
         if want_dweight:
             scale = factor[rows] if weights is None else factor[rows] * weights
-            dweight.add(dz, hidden[rows], scale)
+            dweight.add(dz, hidden[rows], scale, count)
             if bias is not None:
                 column_sums(dz, scale, dbias)
     return logp, lse, dhidden, dweight.result(), dbias
@@ -270,20 +303,25 @@ def backward_weight(
     """Dweight [V, H] and dbias [V]: sums of row_grad_t * d logp_t; the logits are computed again."""
     T, V = hidden.shape[0], weight.shape[0]
     weight = dense(weight)
+    order = None
+    if counting(hidden.dtype):
+        order = KeptFirst((target != ignore_index) & (row_grad != 0))
+        hidden, target, lse, row_grad = (order.gathered(rows) for rows in (hidden, target, lse, row_grad))
     factor = torch.empty(T, dtype=torch.float32, device=hidden.device)
     dweight = WeightGradient(weight)
     dbias = factor.new_zeros(V)
     chunks = Chunks(hidden, V, gradient=True)
     for rows in chunks.slices():
         dz = chunks.dz(rows)
+        count = None if order is None else order.in_chunk(rows)
         for block in chunks.blocks():
             z = chunks.logits(rows, block)
-            mm_float32(hidden[rows], weight[block].T, z)
+            product(hidden[rows], weight[block].T, z, count)
             _gradient(
                 z, dz, block, bias, target[rows], row_grad[rows], lse[rows], factor[rows],
                 (ignore_index, softcap or 0.0, logit_scale), has_softcap=softcap is not None, scale=True, cached=True,
             )  # fmt: skip
-        dweight.add(dz, hidden[rows], factor[rows])
+        dweight.add(dz, hidden[rows], factor[rows], count)
         if bias is not None:
             column_sums(dz, factor[rows], dbias)
     return dweight.result(), dbias

@@ -15,14 +15,9 @@ import triton
 import triton.language as tl
 
 from trace_kernels.triton_common import (
-    CHUNK_BYTES,
     LOWEST,
-    Chunks,
-    WeightGradient,
     combined,
-    dense,
     launch,
-    mm_float32,
     online_softmax,
     scaled_rows,
     store_rounded,
@@ -30,6 +25,8 @@ from trace_kernels.triton_common import (
     transformed,
     zero_row,
 )
+from trace_kernels.triton_linear import CHUNK_BYTES, Chunks, WeightGradient, dense, product
+from trace_kernels.triton_matmul import KeptFirst, counting
 
 WARPS = 8
 #: A row needs five times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
@@ -140,19 +137,46 @@ def gradient_kernel(
 
 
 class _Sides:
-    """Hidden states and head of the policy and of the reference."""
+    """Hidden states and head of the policy and of the reference.
+
+    Attributes:
+        order: of the rows of all others, when the kept ones were put first.
+        row_weight, others: [T] each.
+    """
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, ref_hidden: torch.Tensor, ref_weight: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        ref_hidden: torch.Tensor,
+        ref_weight: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        *others: torch.Tensor,
     ) -> None:
+        self.order = None
+        self.row_weight, self.others = row_weight, others
+        if row_weight is not None and counting(hidden.dtype) and counting(ref_hidden.dtype):
+            self.order = KeptFirst(row_weight != 0)
+            hidden, ref_hidden = self.order.gathered(hidden), self.order.gathered(ref_hidden)
+            self.row_weight = self.order.gathered(row_weight)
+            self.others = tuple(self.order.gathered(other) for other in others)
         self.hidden, self.weight = hidden, dense(weight)
         self.ref_hidden, self.ref_weight = ref_hidden, dense(ref_weight)
 
-    def logits(self, chunks: Chunks, rows: slice, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def count(self, rows: slice) -> torch.Tensor | None:
+        return None if self.order is None else self.order.in_chunk(rows)
+
+    def logits(
+        self, chunks: Chunks, rows: slice, block: slice, count: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         policy, reference = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
-        mm_float32(self.hidden[rows], self.weight[block].T, policy)
-        mm_float32(self.ref_hidden[rows], self.ref_weight[block].T, reference)
+        product(self.hidden[rows], self.weight[block].T, policy, count)
+        product(self.ref_hidden[rows], self.ref_weight[block].T, reference, count)
         return policy, reference
+
+    def in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a result, in the order that the inputs came in."""
+        return rows if self.order is None else self.order.scattered(rows)
 
 
 def _gradient(
@@ -187,7 +211,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty."""
     (T, H), V = hidden.shape, weight.shape[0]
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight)
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_weight)
     gradient = want_dhidden or want_dweight
     kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
     lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
@@ -196,9 +220,10 @@ def forward(
     chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET)
     state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
     for rows in chunks.slices():
-        weights = None if row_weight is None else row_weight[rows]
+        weights = None if sides.row_weight is None else sides.row_weight[rows]
+        count = sides.count(rows)
         for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block)
+            logits = sides.logits(chunks, rows, block, count)
             (R, width), stride = logits[0].shape, logits[0].stride(0)
             lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
             launch(
@@ -217,9 +242,10 @@ def forward(
         _gradient(logits, dz, 0, vectors, softcap, logit_scale, cached=False)
         if want_dhidden:
             kept = torch.ones_like(kl[rows]) if weights is None else (weights != 0).float()
-            scaled_rows(chunks.times(dz, sides.weight), kept, out=dhidden[rows])
+            scaled_rows(chunks.times(dz, sides.weight, count), kept, out=dhidden[rows])
         if want_dweight:
-            dweight.add(dz, hidden[rows], factor[rows])
+            dweight.add(dz, sides.hidden[rows], factor[rows], count)
+    kl, lse, ref_lse, dhidden = (sides.in_order(rows) for rows in (kl, lse, ref_lse, dhidden))
     return kl, lse, ref_lse, dhidden, dweight.result()
 
 
@@ -235,15 +261,18 @@ def backward_weight(
     logit_scale: float,
 ) -> torch.Tensor:
     """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight)
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
+    lse, ref_lse = sides.others
     factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     dweight = WeightGradient(sides.weight)
     chunks = Chunks(hidden, weight.shape[0], gradient=True, buffers=2)
     for rows in chunks.slices():
         dz = chunks.dz(rows)
-        vectors = (row_grad[rows], lse[rows], ref_lse[rows], factor[rows])
+        count = sides.count(rows)
+        weights = None if sides.row_weight is None else sides.row_weight[rows]
+        vectors = (weights, lse[rows], ref_lse[rows], factor[rows])
         for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block)
+            logits = sides.logits(chunks, rows, block, count)
             _gradient(logits, dz, block.start, vectors, softcap, logit_scale, cached=True)
-        dweight.add(dz, hidden[rows], factor[rows])
+        dweight.add(dz, sides.hidden[rows], factor[rows], count)
     return dweight.result()

@@ -1,0 +1,194 @@
+"""Checks of single kernels and of paths that only large inputs take; test_kernels.py runs them in the interpreter."""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+
+import pytest
+import torch
+
+from trace_kernels import triton_linear
+from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
+from trace_kernels.ops.linear_cross_entropy import triton as linear
+from trace_kernels.ops.linear_kl import reference as kl_reference
+from trace_kernels.ops.linear_kl import triton as kl
+from trace_kernels.triton_common import scaled_rows
+from trace_kernels.triton_matmul import KeptFirst, counted_product
+
+CHECKS = {}
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def close(got, expected, dtype=None):
+    """Within the rounding of `dtype` or the output's, relative to the largest entry."""
+    for one, other in zip(got, expected, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        if other.numel():
+            scale = other.abs().max().item()
+            torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype or one.dtype] * max(scale, 1e-6))
+
+
+def inputs(dtype, T=9, H=12, V=4400):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(T, H, generator=generator).to(dtype)
+    weight = torch.randn(V, H, generator=generator).to(dtype)
+    # A maximum that grows by more than the reference may lag, twice in a row and in the last block.
+    weight[1500] *= 30
+    weight[4399] *= 90
+    target = torch.randint(V, (T,), generator=generator)
+    target[2], target[5], target[6] = -100, 4399, 0
+    row_weight = torch.randn(T, generator=generator)
+    row_weight[3] = 0
+    hidden[2:4] = float("nan")  # rows that do not count may hold anything
+    return hidden, weight, target, row_weight, torch.randn(V, generator=generator)
+
+
+@contextlib.contextmanager
+def small_memory(rows):
+    """Blocks of 2048 columns, and chunks of so many rows of 4400 columns of a 16-bit dz."""
+    before = triton_linear.BLOCK_BYTES
+    triton_linear.BLOCK_BYTES = 1
+    os.environ["TRACE_KERNELS_CHUNK_BYTES"] = str(2 * 4416 * rows)
+    try:
+        yield
+    finally:
+        triton_linear.BLOCK_BYTES = before
+        del os.environ["TRACE_KERNELS_CHUNK_BYTES"]
+
+
+def linear_cross_entropy(dtype, bias, softcap):
+    hidden, weight, target, row_weight, offset = inputs(dtype)
+    offset = offset if bias else None
+    arguments = (hidden, weight, offset, target, row_weight, -100, softcap, 0.7, True, True)
+    expected = linear_reference.forward(*arguments)
+    got = linear.forward(*arguments)
+    close(got[:4], expected[:4])
+    if bias:  # sums a rounded dz
+        close(got[4:], expected[4:], dtype)
+    arguments = (hidden, weight, offset, target, expected[1], row_weight, -100, softcap, 0.7)
+    got, expected = linear.backward_weight(*arguments), linear_reference.backward_weight(*arguments)
+    close(got[:1], expected[:1])
+    if bias:
+        close(got[1:], expected[1:], dtype)
+    arguments = (hidden, weight, offset, target, row_weight, -100, softcap, 0.7, False, False)
+    close(linear.forward(*arguments), linear_reference.forward(*arguments))
+
+
+def linear_kl(dtype, softcap):
+    hidden, weight, _, row_weight, _ = inputs(dtype)
+    weight[1500] /= 20
+    weight[4399] /= 60
+    ref_hidden, ref_weight = hidden.flip(1), weight.flip(1) * 0.5
+    arguments = (hidden, weight, ref_hidden, ref_weight, row_weight, softcap, 0.7, True, True)
+    row_weight[2] = 0
+    expected = kl_reference.forward(*arguments)
+    close(kl.forward(*arguments), expected)
+    arguments = (hidden, weight, ref_hidden, ref_weight, *expected[1:3], row_weight, softcap, 0.7)
+    close([kl.backward_weight(*arguments)], [kl_reference.backward_weight(*arguments)])
+
+
+@check
+def blocks_and_chunks_of_linear_cross_entropy():
+    with small_memory(rows=4):
+        linear_cross_entropy(torch.bfloat16, bias=True, softcap=None)
+        linear_cross_entropy(torch.float32, bias=False, softcap=30.0)
+        linear_cross_entropy(torch.float16, bias=False, softcap=30.0)
+
+
+@check
+def blocks_and_chunks_of_linear_kl():
+    with small_memory(rows=20):
+        linear_kl(torch.bfloat16, None)
+        linear_kl(torch.float32, 30.0)
+
+
+@check
+def counted_products_give_the_same():
+    os.environ["TRACE_KERNELS_GEMM"] = "triton"
+    try:
+        with small_memory(rows=4):
+            linear_cross_entropy(torch.bfloat16, bias=True, softcap=None)
+            linear_cross_entropy(torch.float16, bias=False, softcap=30.0)
+            linear_kl(torch.bfloat16, None)
+    finally:
+        del os.environ["TRACE_KERNELS_GEMM"]
+
+
+@check
+def counted_product_stops_at_the_count():
+    a, b = torch.randn(300, 40).bfloat16(), torch.randn(40, 70).bfloat16()
+    a[130:] = float("nan")
+    expected = a[:130].double() @ b.double()
+    out = torch.full((300, 70), -7.0)
+    counted_product(a, b, out, torch.tensor([130], dtype=torch.int32), rows=True)
+    torch.testing.assert_close(out[:130].double(), expected, rtol=1e-5, atol=1e-5)
+    assert (out[256:] == -7).all()  # whole tiles beyond the count are not touched
+    counted_product(a, b, out.fill_(-7), torch.tensor([0], dtype=torch.int32), rows=True)
+    assert (out == -7).all()
+
+
+@check
+def counted_sum_stops_at_the_count():
+    a, b = torch.randn(300, 40).bfloat16(), torch.randn(300, 70).bfloat16()
+    a[130:] = float("nan")
+    expected = 1 + a[:130].double().T @ b[:130].double()
+    out = torch.ones(40, 70)
+    counted_product(a.T, b, out, torch.tensor([130], dtype=torch.int32), rows=False, accumulate=True)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@check
+def kept_rows_come_first():
+    kept = torch.tensor([False, True, True, False, True, False])
+    order = KeptFirst(kept)
+    rows = torch.arange(6)
+    assert order.gathered(rows).tolist() == [1, 2, 4, 0, 3, 5]
+    assert order.scattered(order.gathered(rows)).tolist() == rows.tolist()
+    assert order.number.tolist() == [3]
+    assert [order.in_chunk(slice(s, s + 2)).item() for s in (0, 2, 4)] == [2, 1, 0]
+    assert KeptFirst(torch.zeros(0, dtype=torch.bool)).number.tolist() == [0]
+    assert KeptFirst(torch.zeros(3, dtype=torch.bool)).gathered(rows[:3]).tolist() == [0, 1, 2]
+
+
+@check
+def scaled_rows_round_once_and_drop_rows_of_factor_0():
+    rows = torch.randn(5, 3000).bfloat16()
+    rows[3] = float("inf")
+    factor = torch.tensor([0.3, -2.0, 1.0, 0.0, 7.0])
+    expected = torch.where(factor[:, None] == 0, 0, rows.float() * factor[:, None]).bfloat16()
+    assert torch.equal(scaled_rows(rows, factor), expected)
+    assert torch.equal(scaled_rows(rows[:2], torch.tensor(0.3)), (rows[:2].float() * 0.3).bfloat16())
+
+
+@check
+def a_wrong_setting_is_an_error():
+    for name, value in (("TRACE_KERNELS_CHUNK_BYTES", "many"), ("TRACE_KERNELS_GEMM", "fast")):
+        os.environ[name] = value
+        try:
+            with pytest.raises(ValueError, match=f"{name}: got '{value}'"):
+                linear_cross_entropy(torch.bfloat16, bias=False, softcap=None)
+        finally:
+            del os.environ[name]
+
+
+def main():
+    torch.manual_seed(0)
+    for name in sys.argv[1:] or CHECKS:
+        try:
+            CHECKS[name]()
+            problem = None
+        except Exception:
+            problem = traceback.format_exc()
+        print(json.dumps([name, problem]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What the linear losses share in Triton: products, the memory of a chunk of rows, and the head's gradient."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from trace_kernels.triton_common import cdiv, record_product, scaled_rows, size_of
+from trace_kernels.triton_matmul import counted_product
+
+
+def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a @ b`` with float32 products, sums and result: the operands' own dtype on the tensor cores."""
+    if record_product(2 * out.numel() * a.shape[1], size_of(a, b, out)):
+        return
+    if a.device.type == "cpu":
+        torch.mm(a.float(), b.float(), out=out)
+    elif a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def addmm_float32(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out += a @ b`` with a float32 `out`."""
+    if record_product(2 * out.numel() * a.shape[1], size_of(a, b, out, out)):
+        return
+    if a.device.type == "cpu":
+        torch.addmm(out, a.float(), b.float(), out=out)
+    elif a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: torch.Tensor | None, *, accumulate: bool = False
+) -> None:
+    """``out (+)= a @ b`` in float32. With `count`, int32 [1] on the device, the rows of a from there on do not matter.
+
+    When accumulating they are the terms of the sum that do not.
+    """
+    if count is not None:
+        counted_product(a, b, out, count, rows=not accumulate, accumulate=accumulate)
+    elif accumulate:
+        addmm_float32(out, a, b)
+    else:
+        mm_float32(a, b, out)
+
+
+def dense(matrix: torch.Tensor) -> torch.Tensor:
+    """What a product reads without a copy; made once, because each chunk multiplies with it."""
+    return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
+
+
+#: Bytes of what is kept of one chunk's [R, V], unless TRACE_KERNELS_CHUNK_BYTES says otherwise.
+CHUNK_BYTES = 640_000_000
+
+
+def chunk_rows(num_rows: int, bytes_per_row: int, budget: int = CHUNK_BYTES) -> int:
+    """Rows of a chunk of logits: at most 4096, within the byte budget, a multiple of 128 where it allows one.
+
+    Fewer than some 300 rows would make the products read the head faster than the memory delivers it.
+    """
+    text = os.environ.get("TRACE_KERNELS_CHUNK_BYTES", "")
+    try:
+        budget = int(float(text)) if text else budget
+    except ValueError:
+        budget = 0
+    if budget <= 0:
+        raise ValueError(f"TRACE_KERNELS_CHUNK_BYTES: got {text!r}, allowed is a positive number of bytes")
+    rows = min(4096, max(1, budget // max(1, bytes_per_row)))
+    if rows >= 128:
+        rows -= rows % 128
+    if rows >= num_rows:
+        return num_rows
+    # Even chunks: a last one of a few rows would cost a whole pass over the head.
+    even = cdiv(num_rows, cdiv(num_rows, rows))
+    return min(rows, cdiv(even, 128) * 128)
+
+
+#: Bytes of a block of float32 logits that the next kernel finds in the L2 cache of a data-centre GPU (40 MB and more).
+BLOCK_BYTES = 2**25
+#: A block's columns are a multiple of this, the tile of a row.
+BLOCK_STEP = 2048
+
+
+class Chunks:
+    """Memory for a chunk of rows: a block of float32 logits, and `dz` [R, V] in the dtype of the hidden states.
+
+    The vocabulary is walked in blocks so small that the row kernel reads a block's logits from the cache.
+
+    Attributes:
+        rows: of a chunk, R.
+        columns: of a block.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        num_classes: int,
+        gradient: bool,
+        buffers: int = 1,
+        whole: bool = False,
+        budget: int = CHUNK_BYTES,
+    ) -> None:
+        """`buffers` of logits; with `whole` they keep all blocks of a chunk, because `dz` needs them again."""
+        self.num_rows, self.width = hidden.shape
+        self.num_classes = num_classes
+        self.whole = whole
+        # Rows start on 256 bytes: wide loads, whatever the vocabulary's size.
+        stride = cdiv(num_classes, 64) * 64
+        row_bytes = stride * ((hidden.element_size() if gradient else 0) + (4 * buffers if whole else 0))
+        self.rows = chunk_rows(self.num_rows, row_bytes, budget)
+        per_row = BLOCK_BYTES // (4 * max(1, self.rows) * buffers)
+        self.columns = min(stride, max(BLOCK_STEP, per_row // BLOCK_STEP * BLOCK_STEP))
+        columns = stride if self.whole else self.columns
+
+        def matrix(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((self.rows, width), dtype=dtype, device=hidden.device)
+
+        self._logits = [matrix(columns, torch.float32) for _ in range(buffers)]
+        self._dz = matrix(stride if gradient else 0, hidden.dtype)
+        self._result: torch.Tensor | None = None
+
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, self.num_rows, max(1, self.rows)):
+            yield slice(start, min(start + self.rows, self.num_rows))
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, self.num_classes, self.columns):
+            yield slice(start, min(start + self.columns, self.num_classes))
+
+    def logits(self, rows: slice, block: slice, buffer: int = 0) -> torch.Tensor:
+        """[R, columns of the block] float32."""
+        start = block.start if self.whole else 0
+        return self._logits[buffer][: rows.stop - rows.start, start : start + block.stop - block.start]
+
+    def dz(self, rows: slice) -> torch.Tensor:
+        """[R, V], without columns when no gradient is wanted."""
+        return self._dz[: rows.stop - rows.start, : self.num_classes]
+
+    def times(self, dz: torch.Tensor, weight: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+        """``dz @ weight`` [R, H] in float32, in memory that the next call uses again."""
+        if self._result is None:
+            self._result = torch.empty((self.rows, self.width), dtype=torch.float32, device=dz.device)
+        out = self._result[: dz.shape[0]]
+        product(dz, weight, out, count)
+        return out
+
+
+class WeightGradient:
+    """The float32 sum over chunks of ``dz^T (factor * hidden)`` [V, H]."""
+
+    def __init__(self, weight: torch.Tensor, wanted: bool = True) -> None:
+        self.dtype = weight.dtype
+        shape = (weight.shape[0] if wanted else 0, weight.shape[1])
+        self.total = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        self.empty = True
+
+    def add(self, dz: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor, count: torch.Tensor | None) -> None:
+        rows = scaled_rows(hidden, factor)
+        if self.empty and count is not None:
+            self.total.zero_()
+        product(dz.T, rows, self.total, count, accumulate=count is not None or not self.empty)
+        self.empty = False
+
+    def result(self) -> torch.Tensor:
+        """In the weight's dtype."""
+        if self.empty:
+            self.total.zero_()
+        total: torch.Tensor = self.total
+        return total.to(self.dtype)

@@ -1,0 +1,116 @@
+"""Matrix products of which the device knows how many rows count, and the order that puts these rows first.
+
+A library product takes its sizes from the host, which does not know how many tokens a batch drops unless it waits for
+the device. These read that number on the device and leave the rest undone. TRACE_KERNELS_GEMM=triton asks for them;
+the default, "library", is better when few tokens are dropped.
+
+Run in Triton's interpreter, where the operands of `tl.dot` are float32, and compiled for sm_80, sm_90 and sm_100: the
+product of 16-bit operands was compiled only.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from trace_kernels.triton_common import INTERPRETED, cdiv, launch, size_of
+
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
+#: Tiles of neighbouring rows that run together, so that they find each other's columns in the cache.
+GROUP = 8
+
+
+@triton.jit
+def matmul_kernel(
+    a, b, out, count, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_out,
+    COUNT_M: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``out (+)= a @ b`` in float32; `count` limits the rows of a with COUNT_M, else the terms of the sum."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    tile_m = group * GROUP + program % (GROUP * tiles_n) % height
+    tile_n = program % (GROUP * tiles_n) // height
+    limit = tl.load(count)
+    depth = K
+    if not COUNT_M:
+        depth = tl.minimum(K, limit)
+    if (not COUNT_M) or tile_m * BLOCK_M < limit:
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        terms = tl.arange(0, BLOCK_K)
+        # Beyond the edge a program computes what it has in part computed before, and does not store it.
+        from_a = a + (rows % M).to(tl.int64)[:, None] * stride_am
+        from_b = b + (columns % N).to(tl.int64)[None, :] * stride_bn
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, depth, BLOCK_K):
+            term = start + terms
+            x = tl.load(from_a + term.to(tl.int64)[None, :] * stride_ak, mask=(term < depth)[None, :], other=0.0)
+            y = tl.load(from_b + term.to(tl.int64)[:, None] * stride_bk, mask=(term < depth)[:, None], other=0.0)
+            if INTERPRETED:
+                x, y = x.to(tl.float32), y.to(tl.float32)
+            total = tl.dot(x, y, total, input_precision="ieee")
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        pointers = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+        if ACCUMULATE:
+            total += tl.load(pointers, mask=inside, other=0.0)
+        tl.store(pointers, total, mask=inside)
+
+
+def counted_product(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: torch.Tensor, *, rows: bool, accumulate: bool = False
+) -> None:
+    """``out (+)= a @ b`` with a float32 `out`, of the first `count` rows of a, or terms of the sum without `rows`.
+
+    count: int32, one element, on the device. Rows of `out` from the next multiple of BLOCK_M on keep what they hold.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    launch(
+        matmul_kernel, (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),),
+        a, b, out, count, M, N, K, *a.stride(), *b.stride(), out.stride(0),
+        num_warps=8, num_stages=3, bytes=size_of(a, b, out) + accumulate * size_of(out), flops=2 * M * N * K,
+        COUNT_M=rows, ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP,
+    )  # fmt: skip
+
+
+def counting(dtype: torch.dtype) -> bool:
+    """Whether products skip dropped rows: on request, for 16-bit operands."""
+    choice = os.environ.get("TRACE_KERNELS_GEMM", "library")
+    if choice not in ("library", "triton"):
+        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library' and 'triton'")
+    return choice == "triton" and dtype in (torch.bfloat16, torch.float16)
+
+
+class KeptFirst:
+    """Rows in an order that puts the kept ones first, found without asking the device how many they are.
+
+    Attributes:
+        number: int32 [1], how many are kept.
+    """
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        """kept: [T] bool."""
+        before = kept.cumsum(0)
+        self.number = before[-1:].int() if len(kept) else kept.new_zeros(1, dtype=torch.int32)
+        # A kept row comes after the kept ones before it, a dropped one after all kept and the dropped before it.
+        place = torch.where(kept, before - 1, self.number + (~kept).cumsum(0) - 1)
+        self._order = torch.empty_like(place).scatter_(0, place, torch.arange(len(kept), device=kept.device))
+
+    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.index_select(0, self._order)
+
+    def scattered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Back in the order that they came in; rows of no length stay so."""
+        return torch.empty_like(rows).index_copy_(0, self._order, rows) if len(rows) else rows
+
+    def in_chunk(self, rows: slice) -> torch.Tensor:
+        """int32 [1], how many of the chunk's rows are kept."""
+        count: torch.Tensor = (self.number - rows.start).clamp_(0, rows.stop - rows.start)
+        return count
