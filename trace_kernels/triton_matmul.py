@@ -80,12 +80,13 @@ def counted_product(
     )  # fmt: skip
 
 
-def counting(dtype: torch.dtype) -> bool:
-    """Whether products skip dropped rows: on request, for 16-bit operands."""
-    choice = os.environ.get("TRACE_KERNELS_GEMM", "library")
+def counting(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> bool:
+    """Whether products of these skip dropped rows: on request, for 16-bit operands whose rows start on 32 bytes."""
+    choice = choice or os.environ.get("TRACE_KERNELS_GEMM", "library")
     if choice not in ("library", "triton"):
         raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library' and 'triton'")
-    return choice == "triton" and dtype in (torch.bfloat16, torch.float16)
+    aligned = all(size % 16 == 0 for size in weight.shape)
+    return choice == "triton" and aligned and hidden.dtype in (torch.bfloat16, torch.float16)
 
 
 class KeptFirst:

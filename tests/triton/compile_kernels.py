@@ -50,9 +50,10 @@ def compile_launch(launch, capability):
         "local": numbers.get("LOCAL", 0),
         "shared": compiled.metadata.shared,
         "warps": launch.num_warps,
-        "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", sass)),
         "loads": len(re.findall(r"\bLDG\.", sass)),
+        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
     }
 

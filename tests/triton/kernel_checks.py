@@ -15,7 +15,7 @@ from trace_kernels.ops.linear_cross_entropy import triton as linear
 from trace_kernels.ops.linear_kl import reference as kl_reference
 from trace_kernels.ops.linear_kl import triton as kl
 from trace_kernels.triton_common import scaled_rows
-from trace_kernels.triton_matmul import KeptFirst, counted_product
+from trace_kernels.triton_matmul import KeptFirst, counted_product, counting
 
 CHECKS = {}
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -36,7 +36,7 @@ def close(got, expected, dtype=None):
             torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype or one.dtype] * max(scale, 1e-6))
 
 
-def inputs(dtype, T=9, H=12, V=4400):
+def inputs(dtype, T=9, H=16, V=4400):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(T, H, generator=generator).to(dtype)
     weight = torch.randn(V, H, generator=generator).to(dtype)
@@ -113,6 +113,10 @@ def blocks_and_chunks_of_linear_kl():
 @check
 def counted_products_give_the_same():
     os.environ["TRACE_KERNELS_GEMM"] = "triton"
+    hidden, weight, *_ = inputs(torch.bfloat16)
+    assert counting(hidden, weight)
+    assert not counting(hidden.float(), weight.float())
+    assert not counting(hidden, weight[:101])
     try:
         with small_memory(rows=4):
             linear_cross_entropy(torch.bfloat16, bias=True, softcap=None)

@@ -122,9 +122,21 @@ def router_topk():
     forward(empty(128, T, dtype=BF16).T, rule, None, None, None, True, BF16, False)
 
 
+def counted_products():
+    from trace_kernels.triton_matmul import counted_product, counting
+
+    count = empty(1, dtype=torch.int32)
+    for dtype, H, V in ((BF16, 2048, 151936), (FP16, 2880, 201088)):
+        hidden, weight, dz = empty(2048, H, dtype=dtype), empty(V, H, dtype=dtype), empty(2048, V, dtype=dtype)
+        assert counting(hidden, weight, choice="triton")
+        counted_product(hidden, weight[:4096].T, empty(2048, len(weight[:4096])), count, rows=True)
+        counted_product(dz, weight, empty(2048, H), count, rows=True)
+        counted_product(dz.T, hidden, empty(V, H), count, rows=False, accumulate=True)
+
+
 OPS = {
     function.__name__: function
-    for function in (record_routing, router_topk, cross_entropy, linear_cross_entropy, linear_kl)
+    for function in (record_routing, router_topk, cross_entropy, linear_cross_entropy, linear_kl, counted_products)
 }
 
 TYPES = {

@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 LIMITS = json.loads((HERE / "limits.json").read_text())
-OPS = ("record_routing", "router_topk", "cross_entropy", "linear_cross_entropy", "linear_kl")
+OPS = ("record_routing", "router_topk", "cross_entropy", "linear_cross_entropy", "linear_kl", "counted_products")
 CAPABILITIES = (80, 90, 100)
 
 pytestmark = [
@@ -57,6 +57,12 @@ def test_resources_are_within_limits(compiled, resource):
         if kernel[resource] > LIMITS[op][kernel["kernel"]][resource]
     ]
     assert over == []
+
+
+def test_products_run_on_tensor_cores(compiled):
+    op, kernels = compiled
+    least = {name: limits.get("tensor_cores", 0) for name, limits in LIMITS[op].items()}
+    assert [described(kernel) for kernel in kernels if kernel["tensor_cores"] < least[kernel["kernel"]]] == []
 
 
 def test_loads_are_wide(compiled):

@@ -203,7 +203,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logp [T], lse [T], dhidden [T, H], dweight [V, H], dbias [V]; those not wanted are empty."""
     options = (ignore_index, softcap or 0.0, logit_scale)
-    if not counting(hidden.dtype):
+    if not counting(hidden, weight):
         return _forward(
             hidden,
             dense(weight),
@@ -304,7 +304,7 @@ def backward_weight(
     T, V = hidden.shape[0], weight.shape[0]
     weight = dense(weight)
     order = None
-    if counting(hidden.dtype):
+    if counting(hidden, weight):
         order = KeptFirst((target != ignore_index) & (row_grad != 0))
         hidden, target, lse, row_grad = (order.gathered(rows) for rows in (hidden, target, lse, row_grad))
     factor = torch.empty(T, dtype=torch.float32, device=hidden.device)

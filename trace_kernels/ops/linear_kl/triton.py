@@ -155,7 +155,7 @@ class _Sides:
     ) -> None:
         self.order = None
         self.row_weight, self.others = row_weight, others
-        if row_weight is not None and counting(hidden.dtype) and counting(ref_hidden.dtype):
+        if row_weight is not None and counting(hidden, weight) and counting(ref_hidden, ref_weight):
             self.order = KeptFirst(row_weight != 0)
             hidden, ref_hidden = self.order.gathered(hidden), self.order.gathered(ref_hidden)
             self.row_weight = self.order.gathered(row_weight)
