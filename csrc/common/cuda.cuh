@@ -84,14 +84,62 @@ struct alignas(16) Vector {
 };
 
 template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* address) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(address);
-  return reinterpret_cast<const Vector<T>&>(bits);
+__device__ __forceinline__ uint4 load_words(const T* address) {
+  return *reinterpret_cast<const uint4*>(address);
 }
 
 template <typename T>
-__device__ __forceinline__ void store_vector(T* address, const Vector<T>& value) {
-  *reinterpret_cast<uint4*>(address) = reinterpret_cast<const uint4&>(value);
+__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+  const uint4 bits = load_words(address);
+  return reinterpret_cast<const Vector<T>&>(bits);
+}
+
+// The kVector<T> floats that four words hold.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& bits, float (&values)[kVector<T>]) {
+  const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      values[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      values[2 * i] = __uint_as_float(words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      values[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i])));
+      values[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
+    }
+  }
+}
+
+// Two rounded numbers in a word.
+template <typename T>
+__device__ __forceinline__ unsigned packed(float low, float high) {
+#ifndef TK_EMULATION
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const unsigned&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const unsigned&>(pair);
+  }
+#else
+  return emulation::packed(from_float<T>(low), from_float<T>(high));
+#endif
+}
+
+// __stcg and not an assignment, which the compiler may cut into stores of single elements.
+template <typename T>
+__device__ __forceinline__ void store_vector(T* address, const float (&values)[kVector<T>]) {
+  uint4 words;
+  if constexpr (std::is_same_v<T, float>) {
+    words = {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+             __float_as_uint(values[3])};
+  } else {
+    words = {packed<T>(values[0], values[1]), packed<T>(values[2], values[3]), packed<T>(values[4], values[5]),
+             packed<T>(values[6], values[7])};
+  }
+  __stcg(reinterpret_cast<uint4*>(address), words);
 }
 
 template <typename T>
@@ -107,11 +155,14 @@ __device__ __forceinline__ float warp_max(float value) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A grid of so many blocks along x.
-inline dim3 blocks_of(int64_t count) {
-  if (count > INT32_MAX) throw std::invalid_argument("more blocks than a grid can have: " + std::to_string(count));
-  return dim3(static_cast<unsigned>(count));
+// What kernels count in 32 bits: columns and blocks. Leaves room for an index beyond the last.
+inline int checked_int(int64_t count) {
+  if (count > INT32_MAX - (1 << 16)) throw std::invalid_argument("too large for a kernel: " + std::to_string(count));
+  return static_cast<int>(count);
 }
+
+// A grid of so many blocks along x.
+inline dim3 blocks_of(int64_t count) { return dim3(static_cast<unsigned>(checked_int(count))); }
 
 }  // namespace tk
 

@@ -76,6 +76,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 inline float __half2float(__half value) { return static_cast<float>(value.value); }
+inline __half __ushort_as_half(unsigned short bits) {
+  __half out;
+  std::memcpy(&out, &bits, 2);
+  return out;
+}
 inline __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
 
 using std::max;
@@ -286,6 +291,15 @@ T& shared_variable() {
   return *static_cast<T*>(memory);
 }
 
+template <typename T>
+unsigned packed(T low, T high) {
+  static_assert(sizeof(T) == 2);
+  unsigned word;
+  std::memcpy(&word, &low, 2);
+  std::memcpy(reinterpret_cast<char*>(&word) + 2, &high, 2);
+  return word;
+}
+
 inline void set_order(const std::string& order, unsigned seed) {
   machine.order = order;
   machine.random.seed(seed);
@@ -356,6 +370,11 @@ T atomicAdd(T* address, T value) {
   const T before = *address;
   *address = before + value;
   return before;
+}
+
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
 }
 
 inline float __expf(float x) { return std::exp(x); }

@@ -13,7 +13,7 @@ import sys
 import pytest
 from emulated import HERE, ORDERS, ROOT, build, libasan
 
-OPS = {"record_routing_": "record_routing"}
+OPS = ("record_routing_", "cross_entropy")
 
 pytestmark = [
     pytest.mark.slow,

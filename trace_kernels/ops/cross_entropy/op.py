@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses, triton_backend, validate
+from trace_kernels import cuda_backend, losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
-from trace_kernels.ops.cross_entropy import native, reference
+from trace_kernels.ops.cross_entropy import cuda, native, reference
 
 # A backend's ``refuse`` gets the logits [T, V]; its functions have the arguments of reference.py. logits may have any
 # strides; target, lse and grad_logp are contiguous.
@@ -22,6 +22,7 @@ backends.register(
     backward=native.backward_cpu,
 )
 triton_backend.register(backends, __package__, "forward", "backward")
+cuda_backend.register(backends, cuda, "forward", "backward")
 
 
 def cross_entropy(
