@@ -53,6 +53,35 @@ struct LogSumExp {
   const float *high, *low;
 };
 
+// One column tile of KL(ref || policy), raw dot products on entry. p~ and q~ are relative to their own maxima.
+//
+// The gradient sum_v (p_v - q_v) W_v has two normalisers that are known at the end only, so two sums are accumulated:
+// of (p~ - c q~) and of q~. With c close to the ratio of the normalisers, a difference of nearly equal distributions is
+// taken before it is rounded to the operand's type.
+struct KlTile {
+  float *s, *ref_s;  // [rows, cols], overwritten
+  int64_t lds, rows, cols;
+  LogitMap map;
+  float *max, *sum, *ref_max, *ref_sum;  // [rows] online state of policy and reference
+  float* ratio;                          // [rows] c; 0 before it was chosen
+  double* cross;                         // [rows] sum of q~ ((z_ref - ref_max) - (z - max))
+  // Packed A of (p~ - c q~) softcap' and, ref_row rows below, of q~ softcap'; null without a gradient.
+  uint32_t* p;
+  int64_t rows_p, ref_row, p_offset;
+  float *d, *ref_d;  // [rows, ldd] what was accumulated from earlier tiles, or null
+  int64_t ldd;
+};
+
+struct KlGradientTile {
+  const float *s, *ref_s;  // [cols of the vocabulary, rows] raw dot products
+  int64_t lds, cols, rows;
+  LogitMap map;
+  LogSumExp lse, ref_lse;
+  const float* g;
+  uint32_t* dz;  // packed A: g_t * scale * softcap' * (p - q)
+  int64_t rows_dz, dz_offset;
+};
+
 struct TileKernels {
   const char* name;
   bool pairs;  // dwords hold two bf16; otherwise one fp32
@@ -82,6 +111,8 @@ struct TileKernels {
   void (*gradient_tile)(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
                         const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
                         int64_t dz_offset, float* dbias);
+  void (*kl_tile)(const KlTile& tile);
+  void (*kl_gradient_tile)(const KlGradientTile& tile);
   // out[r] (in `type`, row stride in elements) = c[r] for n columns.
   void (*store_rows)(const float* c, int64_t ldc, int64_t m, int64_t n, Type type, void* out, int64_t stride);
   // out = alpha * row + sum_j beta[j] * parts[j], n columns, rounded once to `type`.

@@ -1,4 +1,5 @@
 // Compiled once per instruction set: CMakeLists.txt sets the flags and TK_ISA, the namespace.
+#include "common/isa/kl.h"
 #include "common/isa/rows.h"
 
 namespace tk {
@@ -15,6 +16,8 @@ const TileKernels kFloatKernels = {"fp32",
                                    &gemm_simd<false>,
                                    &softmax_tile<false>,
                                    &gradient_tile<false>,
+                                   &kl_tile<false>,
+                                   &kl_gradient_tile<false>,
                                    &store_rows,
                                    &combine_row};
 
@@ -37,6 +40,8 @@ const TileKernels kPairKernels = {"bf16 pairs",
 #endif
                                   &softmax_tile<true>,
                                   &gradient_tile<true>,
+                                  &kl_tile<true>,
+                                  &kl_gradient_tile<true>,
                                   &store_rows,
                                   &combine_row};
 #endif

@@ -60,6 +60,9 @@ TK_INLINE void map_row(float* row, int64_t cols, int64_t v0, const LogitMap& map
   }
 }
 
+// How far a logit may exceed the reference maximum: p up to e^8 costs no accuracy, and saves nearly every rescaling.
+constexpr float kLogLimit = 8.0f;
+
 TK_INLINE float row_max(const float* row, int64_t cols) {
   const float infinity = __builtin_inff();
   vf top[2] = {splat(-infinity), splat(-infinity)};
@@ -72,12 +75,21 @@ TK_INLINE float row_max(const float* row, int64_t cols) {
   return max_lanes(top[0] > top[1] ? top[0] : top[1]);
 }
 
+// What one row accumulated with a smaller maximum: its gradient d and the first k elements of its packed row.
+template <bool Pairs>
+TK_INLINE void rescale(float factor, float* d, int64_t n, uint32_t* p, int64_t rows_p, int64_t r, int64_t k) {
+  if (d != nullptr)
+    for (int64_t i = 0; i < n; i += kLanes) store(d + i, load<vf>(d + i) * factor);
+  if (p != nullptr)
+    for (int64_t i = 0; i < k; i += kLanes)
+      store_packed<Pairs>(p, rows_p, r, i, load_packed<Pairs>(p, rows_p, r, i) * factor);
+}
+
 template <bool Pairs>
 void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
                   const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
                   float* d, int64_t ldd) {
   const float infinity = __builtin_inff();
-  constexpr float kLogLimit = 8.0f;  // p up to e^8 costs no accuracy, and saves nearly every rescaling of d
   const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad);
   const bool plain = map.bias == nullptr && map.cap == 0.0f && map.scale == 1.0f;
   float slopes[kMaxTileCols];
@@ -95,11 +107,8 @@ void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0,
     if (best > reference + kLogLimit || (reference == -infinity && best > -infinity)) {
       const float factor = reference == -infinity ? 0.0f : exp_scalar(reference - best);
       state.sum[r] *= factor;
-      if (d != nullptr && reference != -infinity)
-        for (int64_t i = 0; i < ldd; i += kLanes) store(d + r * ldd + i, load<vf>(d + r * ldd + i) * factor);
-      if (p != nullptr && reference != -infinity)
-        for (int64_t k = 0; k < p_offset; k += kLanes)
-          store_packed<Pairs>(p, rows_p, r, k, load_packed<Pairs>(p, rows_p, r, k) * factor);
+      if (reference != -infinity)
+        rescale<Pairs>(factor, d == nullptr ? nullptr : d + r * ldd, ldd, p, rows_p, r, p_offset);
       state.max[r] = reference = best;
     }
     const float offset = reference == -infinity ? 0.0f : reference;

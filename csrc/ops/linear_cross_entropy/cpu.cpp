@@ -14,6 +14,7 @@
 
 #include "common/parallel.h"
 #include "common/registry.h"
+#include "common/streaming.h"
 #include "common/tile_kernels.h"
 #include "common/workspace.h"
 
@@ -33,43 +34,14 @@ struct Outputs {
   void* dhidden;      // [T, H] contiguous in hidden's type, or null
 };
 
-// How the work is cut. A block of rows is shared by the threads of a group, each of which streams its own part of the
-// vocabulary; the parts are merged at the end of the block. Groups take blocks in turn.
-struct Plan {
-  int64_t block_rows;  // rows whose gradient is accumulated at a time, per group
-  int64_t tile_rows, tile_cols;
-  int members, groups;
-};
-
-// Bytes of scratch per thread: the packed tile of W (twice when the gradient is wanted) and the fp32 gradient.
-// Scores exist for kScoreCols columns at a time, so that they stay in the cache next to the operands.
-constexpr int64_t kScoreCols = 256;
-constexpr int64_t kPackBytes = int64_t{8} << 20, kGradientBytes = int64_t{8} << 20;
-
-Plan make_plan(const TileKernels& kernels, const Problem& p, bool gradient, int threads) {
-  Plan plan;
-  plan.tile_rows = 256;
-  const int64_t row_bytes = round_up(p.H, kColPad) * 4;
-  const int64_t fitting = std::max<int64_t>(kGradientBytes / row_bytes / kRowPad * kRowPad, kRowPad);
-  plan.block_rows = std::min<int64_t>(round_up(p.num_rows, kRowPad), std::min<int64_t>(fitting, 2048));
-  const int64_t column_bytes = k_dwords(kernels, p.H) * 4 * (gradient ? 2 : 1);
-  plan.tile_cols = std::clamp<int64_t>(kPackBytes / column_bytes / kColPad * kColPad, kColPad, kMaxTileCols);
-  if (plan.block_rows <= 128) plan.tile_cols = std::min<int64_t>(plan.tile_cols, 256);
-  // A thread should have a few hundred columns at least; beyond that, threads take rows.
-  plan.members = static_cast<int>(std::clamp<int64_t>((p.V + 255) / 256, 1, threads));
-  plan.groups = std::max(1, threads / plan.members);
-  if (plan.groups > 1)
-    plan.block_rows = std::min(plan.block_rows, round_up((p.num_rows + plan.groups - 1) / plan.groups, kRowPad));
-  return plan;
-}
-
 class Forward {
  public:
   Forward(const Problem& p, const Outputs& out, int threads)
       : p_(p),
         out_(out),
         kernels_(tile_kernels(p.weight.type)),
-        plan_(make_plan(kernels_, p, out.dhidden != nullptr, threads)) {
+        plan_(make_plan(p.num_rows, p.V, out.dhidden == nullptr ? 0 : round_up(p.H, kColPad) * 4,
+                        k_dwords(kernels_, p.H) * (out.dhidden == nullptr ? 4 : 8), threads)) {
     const bool gradient = out_.dhidden != nullptr;
     h2_ = k_dwords(kernels_, p_.H);
     ldd_ = round_up(p_.H, kColPad);
@@ -113,10 +85,6 @@ class Forward {
     int64_t bt, b, s, p, d, max, sum;
   };
 
-  Range columns(int member, int members) const {
-    const Range units = split((p_.V + kColPad - 1) / kColPad, member, members);
-    return {units.begin * kColPad, std::min(units.end * kColPad, p_.V)};
-  }
   const ThreadMemory& memory_of(int group, int member) const { return threads_[group * plan_.members + member]; }
 
   void block(int64_t r0, int64_t rows, int group, int member, int members) {
@@ -126,19 +94,14 @@ class Forward {
     auto* a = memory_.at<uint32_t>(shared.a);
     Barrier& barrier = barriers_[group];
 
-    const Range packed = split(round_up(rows, kRowPad) / kRowPad, member, members);
-    const int64_t first = packed.begin * kRowPad, last = packed.end * kRowPad;
-    if (first < last) {
-      kernels_.pack_a(hidden_rows(r0 + first), std::min(rows, last) - first, last - first, p_.H, block_rows,
-                      a + first * kKS);
-    }
+    pack_share(kernels_, p_.hidden, r0, rows, p_.H, block_rows, a, member, members);
     auto* max = memory_.at<float>(mine.max);
     auto* sum = memory_.at<float>(mine.sum);
     std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
     std::fill(sum, sum + rows, 0.0f);
     barrier.wait(members);
 
-    const Range range = columns(member, members);
+    const Range range = member_columns(p_.V, member, members);
     for (int64_t v0 = range.begin; v0 < range.end; v0 += cols_)
       tile(r0, rows, v0, std::min(cols_, range.end - v0), v0 == range.begin, shared, mine);
     barrier.wait(members);
@@ -158,8 +121,7 @@ class Forward {
     auto* s = memory_.at<float>(mine.s);
     auto* packed_p = gradient ? memory_.at<uint32_t>(mine.p) : nullptr;
     auto* d = gradient ? memory_.at<float>(mine.d) : nullptr;
-    Rows weight = p_.weight;
-    weight.data = static_cast<const char*>(weight.data) + v0 * weight.stride * (weight.type == Type::f32 ? 4 : 2);
+    const Rows weight = rows_from(p_.weight, v0);
     if (gradient) {
       kernels_.pack_both(weight, cols, p_.H, bt, b);
     } else {
@@ -194,7 +156,7 @@ class Forward {
     float beta[kMaxParts];
     int used = 0;
     for (int m = 0; m < members; ++m) {
-      const Range range = columns(m, members);
+      const Range range = member_columns(p_.V, m, members);
       if (range.begin >= range.end) continue;
       const ThreadMemory& part = memory_of(group, m);
       const double part_max = memory_.at<float>(part.max)[r], part_sum = memory_.at<float>(part.sum)[r];
@@ -214,20 +176,10 @@ class Forward {
     const double scale = p_.map.scale;
     for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(-scale * beta[i] / total);
     const float alpha = static_cast<float>(scale * others / total * memory_.at<float>(shared.target_slope)[r]);
-    const int64_t bytes = p_.weight.type == Type::f32 ? 4 : 2;
+    const int64_t bytes = bytes_of(p_.weight.type);
     const char* row = static_cast<const char*>(p_.weight.data) + p_.target[r0 + r] * p_.weight.stride * bytes;
     kernels_.combine_row(parts, beta, used, row, alpha, p_.H, p_.weight.type,
                          static_cast<char*>(out_.dhidden) + at * p_.H * bytes);
-  }
-
-  Rows hidden_rows(int64_t r) const {
-    Rows rows = p_.hidden;
-    if (rows.index != nullptr) {
-      rows.index += r;
-    } else {
-      rows.data = static_cast<const char*>(rows.data) + r * rows.stride * (rows.type == Type::f32 ? 4 : 2);
-    }
-    return rows;
   }
 
  public:
@@ -301,17 +253,12 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
                    memory.add<float>(tile)});
   memory.allocate();
   Barrier barrier;
-  const int64_t bytes = p.weight.type == Type::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(p.weight.type);
   parallel(threads, [&](int thread, int of) {
     const FlushDenormals flush;
     for (int64_t item = thread; item < 2 * num_chunks; item += of) {
       const int64_t i = item / 2, t0 = i * chunk, n = std::min(chunk, num_rows - t0);
-      Rows rows = p.hidden;
-      if (rows.index != nullptr) {
-        rows.index += t0;
-      } else {
-        rows.data = static_cast<const char*>(rows.data) + t0 * rows.stride * bytes;
-      }
+      const Rows rows = rows_from(p.hidden, t0);
       if (item % 2 == 0) {
         kernels.pack_bt(rows, n, H, memory.at<uint32_t>(bt_at) + i * bt_size);
       } else {
@@ -329,8 +276,7 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
     const int64_t end = std::min(units.end * kRowPad, V);
     for (int64_t v0 = units.begin * kRowPad; v0 < end; v0 += tile) {
       const int64_t cols = std::min(tile, end - v0);
-      Rows rows = p.weight;
-      rows.data = static_cast<const char*>(rows.data) + v0 * rows.stride * bytes;
+      const Rows rows = rows_from(p.weight, v0);
       kernels.pack_a(rows, cols, round_up(cols, kRowPad), H, tile, a);
       std::fill(bias_sums, bias_sums + tile, 0.0f);
       for (int64_t i = 0; i < num_chunks; ++i) {

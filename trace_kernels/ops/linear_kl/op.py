@@ -9,13 +9,20 @@ import torch
 from trace_kernels import losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.linear_cross_entropy.log_prob import needs_gradient
-from trace_kernels.ops.linear_kl import reference
+from trace_kernels.ops.linear_kl import native, reference
 
 # A backend's ``refuse`` gets (hidden [T, H], weight [V, H], ref_hidden [T, R], ref_weight [V, R]); its functions have
 # the arguments of reference.py. The matrices may have any strides, the reference's a dtype of their own; row_weight,
 # lse, ref_lse and row_grad are contiguous and of the compute dtype.
 backends = OpBackends("linear_kl")
 backends.register("reference", forward=reference.forward, backward_weight=reference.backward_weight)
+backends.register(
+    "cpu",
+    unavailable=native.cpu_unavailable,
+    refuse=native.refuse_cpu,
+    forward=native.forward_cpu,
+    backward_weight=native.backward_weight_cpu,
+)
 triton_backend.register(backends, __package__, "forward", "backward_weight")
 
 

@@ -1,0 +1,68 @@
+// How the linear ops cut their work. A block of rows is shared by the threads of a group; each streams its own part of
+// the vocabulary past the rows, and the parts are merged at the end of the block. Groups take blocks in turn.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/tile_kernels.h"
+
+namespace tk {
+
+struct Plan {
+  int64_t block_rows;  // rows whose gradient is accumulated at a time, per group
+  int64_t tile_rows, tile_cols;
+  int members, groups;
+};
+
+// Scores exist for this many columns at a time, so that they stay in the cache next to the operands.
+inline constexpr int64_t kScoreCols = 256;
+
+// row_bytes: fp32 gradient of a row (0: none); column_bytes: packed operands of a column. A thread takes 8 MiB of each.
+inline Plan make_plan(int64_t num_rows, int64_t V, int64_t row_bytes, int64_t column_bytes, int threads) {
+  constexpr int64_t kBytes = int64_t{8} << 20;
+  Plan plan;
+  plan.tile_rows = 256;
+  const int64_t fitting = row_bytes == 0 ? 2048 : std::max(kBytes / row_bytes / kRowPad * kRowPad, kRowPad);
+  plan.block_rows = std::min(round_up(num_rows, kRowPad), std::min<int64_t>(fitting, 2048));
+  plan.tile_cols = std::clamp(kBytes / column_bytes / kColPad * kColPad, kColPad, kMaxTileCols);
+  // Few rows: the packed tile is used once, and must be in the cache then.
+  if (plan.block_rows <= 128) plan.tile_cols = std::min(plan.tile_cols, kScoreCols);
+  // A thread should have a few hundred columns at least; beyond that, threads take rows.
+  plan.members = static_cast<int>(std::clamp<int64_t>((V + kScoreCols - 1) / kScoreCols, 1, threads));
+  plan.groups = std::max(1, threads / plan.members);
+  if (plan.groups > 1)
+    plan.block_rows = std::min(plan.block_rows, round_up((num_rows + plan.groups - 1) / plan.groups, kRowPad));
+  return plan;
+}
+
+// The columns of one member of a group; empty for the last ones when there are few.
+inline Range member_columns(int64_t V, int member, int members) {
+  const Range units = split((V + kColPad - 1) / kColPad, member, members);
+  return {std::min(units.begin * kColPad, V), std::min(units.end * kColPad, V)};
+}
+
+inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// The same rows from row r on.
+inline Rows rows_from(Rows rows, int64_t r) {
+  if (rows.index != nullptr) {
+    rows.index += r;
+  } else {
+    rows.data = static_cast<const char*>(rows.data) + r * rows.stride * bytes_of(rows.type);
+  }
+  return rows;
+}
+
+// Packs the member's share of rows [r0, r0 + rows) to the group's slab `a` of height rows_a; a barrier must follow.
+inline void pack_share(const TileKernels& kernels, const Rows& source, int64_t r0, int64_t rows, int64_t k_elems,
+                       int64_t rows_a, uint32_t* a, int member, int members) {
+  const Range share = split(round_up(rows, kRowPad) / kRowPad, member, members);
+  const int64_t first = share.begin * kRowPad, last = share.end * kRowPad;
+  if (first < last)
+    kernels.pack_a(rows_from(source, r0 + first), std::min(rows, last) - first, last - first, k_elems, rows_a,
+                   a + first * kKS);
+}
+
+}  // namespace tk

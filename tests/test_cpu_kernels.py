@@ -1,0 +1,122 @@
+"""The C++ loss kernels: every instruction set that this machine has, determinism, rescaling, and scratch memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import trace_kernels as tk
+from trace_kernels.conformance import discover, errors
+from trace_kernels.native import cpu_unavailable, native
+
+if (reason := cpu_unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+OPS = discover()
+NAMES = {"cross_entropy", "linear_cross_entropy", "linear_log_prob", "linear_kl"}
+KINDS = ("tiles", "full", "strided", "peaked", "flat", "fp16", "ref_dtype", "ref_width", "width_1", "one_class")
+CASES = [
+    pytest.param(OPS[name], case, id=f"{name}-{case.name}")
+    for name in sorted(NAMES)
+    for case in OPS[name].cases
+    if not case.benchmark and case.name.startswith(KINDS)
+]
+
+
+@pytest.mark.parametrize("isa", native().available_isas())
+@pytest.mark.parametrize("op, case", CASES)
+def test_every_instruction_set_is_right(op, case, isa, monkeypatch):
+    monkeypatch.setenv("TRACE_KERNELS_ISA", isa)
+    assert native().isa() == isa
+    assert errors(op, case, "cpu") == []
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("TRACE_KERNELS_ISA", "mmx")
+    with pytest.raises(ValueError, match="TRACE_KERNELS_ISA: got 'mmx', this machine has portable"):
+        tk.linear_log_prob(torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64), backend="cpu")
+
+
+def inputs(T, H, V, dtype, spread=1.0):
+    generator = torch.Generator().manual_seed(T * H + V)
+    hidden = torch.randn(T, H, generator=generator).to(dtype)
+    weight = (torch.randn(V, H, generator=generator) * spread / H**0.5).to(dtype)
+    return hidden, weight, torch.randint(V, (T,), generator=generator)
+
+
+def gradients(hidden, weight, target, backend):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    logp = tk.linear_log_prob(hidden, weight, target, backend=backend)
+    return logp.detach(), *torch.autograd.grad(logp.sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_grow_along_the_vocabulary_rescale(dtype):
+    # Every tile beats the maxima so far by more than e^8: the sums, the gradient and the packed tile are rescaled.
+    hidden, weight, target = inputs(70, 33, 3000, dtype)
+    hidden[:, 0] = 1.0
+    weight[:, 0] = torch.arange(3000) * 0.05
+    got = gradients(hidden, weight, target, "cpu")
+    truth = gradients(hidden.double(), weight.double(), target, "reference")
+    # A float32 logit of 150 carries 2^-17 of rounding, and so does every probability.
+    budget = 4 * 2.0**-17 if dtype == torch.float32 else 1e-2
+    for value, expected in zip(got, truth, strict=True):
+        assert (value.double() - expected).abs().max() <= budget * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_same_bits_from_run_to_run(dtype, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        hidden, weight, target = inputs(133, 65, 1500, dtype)
+        first, second = (gradients(hidden, weight, target, "cpu") for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        truth = gradients(hidden.double(), weight.double(), target, "reference")
+        assert (first[0].double() - truth[0]).abs().max() < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(value):
+    hidden, weight, target = inputs(40, 20, 700, torch.float32)
+    clean = gradients(hidden, weight, target, "cpu")
+    hidden[7, 3] = value
+    dirty = gradients(hidden, weight, target, "cpu")
+    others = torch.arange(40) != 7
+    assert not torch.isfinite(dirty[0][7])
+    for index in range(2):
+        assert torch.equal(dirty[index][others], clean[index][others])
+
+
+MEMORY = """
+import resource, torch, trace_kernels as tk
+torch.set_num_threads(2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+hidden = torch.zeros(3000, 1024, dtype=torch.{dtype})
+weight = torch.zeros(20000, 1024, dtype=torch.{dtype})
+target = torch.zeros(3000, dtype=torch.int64)
+tk.linear_log_prob(hidden[:3], weight[:300], target[:3], backend="cpu")
+hidden.requires_grad_()
+out = torch.zeros(3000, 1024, dtype=torch.{dtype})  # room for the stashed gradient, freed again
+del out
+before = peak()
+with torch.no_grad():
+    tk.linear_log_prob(hidden, weight, target, backend="cpu")
+forward = peak()
+tk.linear_log_prob(hidden, weight, target, backend="cpu")
+print(forward - before, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scratch_memory_is_bounded(dtype):
+    # [T, V] logits would take 229 MiB in float32.
+    program = MEMORY.format(dtype=dtype)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600)
+    forward, gradient = map(float, result.stdout.split())
+    assert forward <= 48
+    assert gradient <= 48 + 12  # the stashed gradient is an output
