@@ -9,9 +9,11 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 
 from trace_kernels.backends import OpBackends
@@ -25,19 +27,41 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def triton_unavailable() -> str | None:
-    """Why no Triton kernel can run in this process, or None when it can."""
+def _version() -> tuple[tuple[int, ...], str | None]:
+    """Triton's version, or why it cannot be used."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install 'trace-kernels[triton]'"
+        return (), "triton is not installed: pip install 'trace-kernels[triton]'"
     try:
         version: str = importlib.import_module("triton").__version__
     except ImportError as error:
-        return f"triton does not import: {error}"
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
-        return f"triton {version} is too old, {MINIMUM[0]}.{MINIMUM[1]} or newer is needed"
-    if not interpreting() and not torch.cuda.is_available():
-        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+        return (), f"triton does not import: {error}"
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    too_old = f"triton {version} is too old, {MINIMUM[0]}.{MINIMUM[1]} or newer is needed"
+    return numbers, too_old if numbers < MINIMUM else None
+
+
+def interpreter_unavailable() -> str | None:
+    """Why kernels cannot run in Triton's interpreter, or None when they can with TRITON_INTERPRET=1."""
+    version, reason = _version()
+    if reason is not None or version >= (3, 9):
+        return reason
+    # Before, its loops made an int of an array of one element, which newer NumPy refuses.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            int(numpy.zeros(1, dtype=numpy.int64))
+    except TypeError:
+        return f"the interpreter of triton {version[0]}.{version[1]} does not work with NumPy {numpy.__version__}"
     return None
+
+
+def triton_unavailable() -> str | None:
+    """Why no Triton kernel can run in this process, or None when it can."""
+    if interpreting():
+        return interpreter_unavailable()
+    if (reason := _version()[1]) is None and not torch.cuda.is_available():
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return reason
 
 
 def refuse_device(*args: Any, **kwargs: Any) -> str | None:

@@ -4,7 +4,6 @@ Without TRITON_INTERPRET=1 in the environment this runs small cases of every op 
 tests/test_conformance.py -k triton runs all of them.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from trace_kernels import triton_backend
 from trace_kernels.backends import BackendError
 from trace_kernels.conformance import discover, errors
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    triton_backend.interpreter_unavailable() is not None, reason=str(triton_backend.interpreter_unavailable())
+)
 OPS = ("record_routing_", "router_topk", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "linear_kl")
 # The interpreter takes milliseconds for each program of a launch.
 MOST_TOKENS = 64
@@ -95,8 +97,6 @@ else:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="asks for the other setting")
 def test_without_the_interpreter_cpu_tensors_are_refused():
-    from trace_kernels import triton_backend
-
     reason = triton_backend.refuse_device(torch.zeros(1))
     assert reason is not None
     assert "TRITON_INTERPRET=1" in reason

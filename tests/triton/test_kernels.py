@@ -1,6 +1,5 @@
 """Single Triton kernels, and paths that only large inputs take, in Triton's interpreter: see kernel_checks.py."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from trace_kernels import triton_backend
+
+pytestmark = pytest.mark.skipif(
+    triton_backend.interpreter_unavailable() is not None, reason=str(triton_backend.interpreter_unavailable())
+)
 SCRIPT = Path(__file__).with_name("kernel_checks.py")
 NAMES = re.findall(r"@check\ndef (\w+)", SCRIPT.read_text())
 
