@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,25 +13,13 @@ import torch
 from torch import nn
 
 import trace_kernels as tk
+from trace_unlearn.adapters import Adapter, Report, adapter_of, argument_names, plain_path
 from trace_unlearn.data import loss_bearing
+from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
 
-# The second argument of an experts module that receives the chosen experts as [T, k] indices.
-_INDEX_ARGUMENTS = ("top_k_index", "router_indices")
-
-_UNSUPPORTED = {
-    "Llama4TextExperts": "its router scales the inputs of all experts and passes no indices",
-    "FbgemmFp8Llama4TextExperts": "its router scales the inputs of all experts and passes no indices",
-    "JetMoeParallelExperts": "its router sorts the tokens by expert and passes no indices",
-    "SwitchTransformersExperts": "its router passes one-hot masks with a capacity, not indices",
-    "NllbMoeExperts": "its router passes one-hot masks with a capacity, not indices",
-    "DogeCDMoE": "it retrieves experts by product keys and has no router module",
-    "Mxfp4GptOssExperts": "its kernels route by themselves; load the model with Mxfp4Config(dequantize=True)",
-}
-
-
-# Its router sends a token that skips the layer to expert 0 with weight 0.
-_SKIPS_WITH_WEIGHT_ZERO = ("ZayaExperts",)
+# The tokens that layers see: an encoder-decoder model has two sequences, every other one.
+_TOKENS, _ENCODER_TOKENS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -41,23 +28,26 @@ class MoELayer:
 
     Attributes:
         name: the path of its experts module in the unwrapped model, such as "model.layers.3.mlp.experts".
-        experts_module: the module that receives (hidden_states, top_k_index, top_k_weights).
+        experts_module: the module with the experts' weights.
         num_experts: E, the routed experts; indices from E on (identity experts) are not counted.
         layer_index: the number of the decoder layer in `name`.
+        adapter: how its choice of experts is read.
     """
 
     name: str
     experts_module: nn.Module
     num_experts: int
     layer_index: int
+    adapter: Adapter
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model` in order, found by the classes of its modules.
 
     Works for every Hugging Face family whose experts module receives the indices that its router chose (Mixtral,
-    Qwen-MoE, OLMoE, DeepSeek, gpt-oss, DBRX and some sixty others); wrappers (PEFT, DDP, torch.compile) are looked
-    through.
+    Qwen-MoE, OLMoE, DeepSeek, gpt-oss, DBRX and some sixty others) and for those with an adapter (see
+    `trace_unlearn.adapters`). JetMoE routes in its attention too: each block has two layers here.
+    Wrappers (PEFT, DDP, torch.compile) are looked through.
 
     Raises:
         UserError: the model is dense, or of a family whose routing cannot be observed; the message says why.
@@ -72,20 +62,18 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     model = unwrap(model)
     layers: list[MoELayer] = []
     for path, module in model.named_modules():
-        kind = type(module).__name__
-        reason = next((why for name, why in _UNSUPPORTED.items() if kind.endswith(name)), None)
-        if reason is None and (not kind.endswith("Experts") or kind.endswith("SharedExperts")):
+        adapter = adapter_of(module)
+        if adapter is None:
             continue
-        if reason is None and not _receives_indices(module):
-            reason = f"it takes {inspect.signature(type(module).forward)}, not the indices of the chosen experts"
-        if reason is not None:
+        if isinstance(adapter, str):
             raise UserError(
-                f"model: the routing of {type(model).__name__} cannot be observed: {path or 'the model'} is a {kind}, "
-                f"and {reason}"
+                f"model: the routing of {type(model).__name__} cannot be observed: {path or 'the model'} is a "
+                f"{type(module).__name__}, and {adapter}"
             )
+        name = plain_path(path)
         numbers = re.findall(r"\.(\d+)(?=\.|$)", path)
-        name = re.sub(r"(\.base_layer)+$", "", path)
-        layers.append(MoELayer(name, module, _num_experts(path, module), int(numbers[-1]) if numbers else len(layers)))
+        index = int(numbers[-1]) if numbers else len(layers)
+        layers.append(MoELayer(name, module, _num_experts(path, module, adapter), index, adapter))
     if not layers:
         raise UserError(
             f"model: {type(model).__name__} has no MoE layer (no module of a class named ...Experts); TRACE reads the "
@@ -112,19 +100,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             return inner
 
 
-def _receives_indices(module: nn.Module) -> bool:
-    return _argument_names(module)[1:2] in ([name] for name in _INDEX_ARGUMENTS)
-
-
-def _argument_names(module: nn.Module) -> list[str]:
-    """Of the class: an instance's forward may be replaced by a wrapper that takes anything."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _num_experts(path: str, module: nn.Module) -> int:
-    for attribute in ("num_experts", "num_routed_experts"):
-        if isinstance(value := getattr(module, attribute, None), int):
-            return value
+def _num_experts(path: str, module: nn.Module, adapter: Adapter) -> int:
+    if (stated := adapter.num_experts(module)) is not None:
+        return stated
     stacked = [parameter.shape[0] for parameter in module.parameters() if parameter.dim() == 3]
     if not stacked:
         raise UserError(f"model: cannot tell how many experts {path} ({type(module).__name__}) has")
@@ -132,7 +110,10 @@ def _num_experts(path: str, module: nn.Module) -> int:
 
 
 class _DeviceState:
-    """What the layers on one device share. Allocated once: only the mask and the scores belong to a forward."""
+    """What the layers on one device that see the same tokens share.
+
+    Allocated once: only the mask and the scores belong to a forward.
+    """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device, table: torch.Tensor | None) -> None:
         self.device = device
@@ -155,7 +136,9 @@ class RoutingRecorder:
 
     A token counts where the attention mask is 1, and, when labels are given, only where it bears loss (see
     `loss_bearing`). Scores are given for all tokens. What gradient checkpointing repeats in the backward is not
-    counted again. Under data parallelism the counts are those of this process.
+    counted again. Under data parallelism the counts are those of this process. In an encoder-decoder model the layers
+    of the encoder count its tokens (attention_mask), the others the decoder's (decoder_attention_mask, and labels,
+    which are not shifted there); token scores, routes and `generate` are for decoders alone.
 
     Args:
         model: a causal language model with MoE layers, wrapped or not. Forwards of its submodules alone are refused.
@@ -187,18 +170,31 @@ class RoutingRecorder:
     def __init__(self, model: nn.Module, table: torch.Tensor | None = None, store_routes: bool = False) -> None:
         self.layers = moe_layers(model)
         self._model = unwrap(model)
-        self._names = _argument_names(self._model)
+        self._names = argument_names(self._model)
         self._store_routes = store_routes
+        config = getattr(self._model, "config", None)
+        self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        if self._encoder_decoder and (table is not None or store_routes):
+            what = "table" if table is not None else "store_routes"
+            raise UserError(
+                f"{what}: got one for {type(self._model).__name__}, whose encoder and decoder see "
+                "different tokens; allowed are models with one sequence of tokens"
+            )
+        self._sequence = [
+            _ENCODER_TOKENS if self._encoder_decoder and "encoder" in layer.name.split(".") else _TOKENS
+            for layer in self.layers
+        ]
         self._num_experts = max(layer.num_experts for layer in self.layers)
         self._table = self._checked(table)
-        self._states: dict[torch.device, _DeviceState] = {}
+        self._states: dict[tuple[torch.device, int], _DeviceState] = {}
         with torch.inference_mode(False):
             devices = [next(layer.experts_module.parameters()).device for layer in self.layers]
-            self._layer_states = [self._state_on(torch.device("cpu") if d.type == "meta" else d) for d in devices]
+            for number, device in enumerate(devices):
+                self._state_of(number, torch.device("cpu") if device.type == "meta" else device)
         self._handles: list[Any] = []
         self._open = False
         self._forwards = 0
-        self._shape = (0, 0)  # B, S of the forward under way, or the last one
+        self._shapes = [(0, 0), (0, 0)]  # B, S of each sequence in the forward under way, or the last one
         self._rows = [-1] * len(self.layers)  # tokens each layer reported in this forward
         self._routes: list[torch.Tensor | None] = [None] * len(self.layers)
         self._next_mask: torch.Tensor | None = None
@@ -219,7 +215,7 @@ class RoutingRecorder:
         total = parts[0].clone()
         for part in parts[1:]:
             total += part.to(total.device)
-        return total.view(self._shape)
+        return total.view(self._shapes[_TOKENS])
 
     @property
     def routes(self) -> torch.Tensor | None:
@@ -228,7 +224,7 @@ class RoutingRecorder:
             return None
         k = max(route.shape[1] for route in given)
         padded = [nn.functional.pad(r.to(given[0].device).long(), (0, k - r.shape[1]), value=-1) for r in given]
-        return torch.stack(padded, dim=1).view(*self._shape, len(given), k)
+        return torch.stack(padded, dim=1).view(*self._shapes[_TOKENS], len(given), k)
 
     def reset(self) -> None:
         """Sets the counts to zero."""
@@ -250,9 +246,7 @@ class RoutingRecorder:
             model.register_forward_hook(self._after, always_call=True),
         ]
         for number, layer in enumerate(self.layers):
-            self._handles.append(
-                layer.experts_module.register_forward_pre_hook(self._experts_hook(number), with_kwargs=True)
-            )
+            self._handles += layer.adapter.attach(model, layer.name, layer.experts_module, self._report(number))
         return self
 
     def __exit__(
@@ -267,23 +261,39 @@ class RoutingRecorder:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given.get("inputs_embeds")
-        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
-            raise RuntimeError(
-                "RoutingRecorder: the forward was given no input_ids [B, S] and no inputs_embeds [B, S, H]"
-            )
-        self._shape = (tokens.shape[0], tokens.shape[1])
-        mask = self._mask(given)
-        size = tokens.shape[0] * tokens.shape[1]
-        for state in self._states.values():
-            state.mask = None if mask is None else mask.reshape(-1).to(state.device)
-            state.scores = None if state.table is None else torch.zeros(size, device=state.device)
-            state.gate.fill_(1)
         self._rows = [-1] * len(self.layers)
         self._routes = [None] * len(self.layers)
+        prefix = "decoder_" if self._encoder_decoder else ""
+        self._expect(_TOKENS, self._tokens(given, prefix), lambda: self._mask(given, prefix))
+        if self._encoder_decoder:
+            if given.get("encoder_outputs") is None:
+                self._expect(
+                    _ENCODER_TOKENS, self._tokens(given, ""), lambda: self._attention(given, "", _ENCODER_TOKENS)
+                )
+            else:
+                self._rows = [0 if sequence == _ENCODER_TOKENS else -1 for sequence in self._sequence]
         self._open = True
+
+    def _tokens(self, given: Mapping[str, Any], prefix: str) -> torch.Tensor:
+        names = [prefix + "input_ids", prefix + "inputs_embeds", *(["labels"] if prefix else [])]
+        tokens = next((given[name] for name in names if given.get(name) is not None), None)
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            raise RuntimeError(
+                f"RoutingRecorder: the forward was given no {names[0]} [B, S] and no {names[1]} [B, S, H]"
+            )
+        return tokens
+
+    def _expect(self, sequence: int, tokens: torch.Tensor, mask_of: Callable[[], torch.Tensor | None]) -> None:
+        """Readies the states of one sequence for its B * S tokens."""
+        self._shapes[sequence] = (tokens.shape[0], tokens.shape[1])
+        mask = mask_of()
+        for (_, which), state in self._states.items():
+            if which != sequence:
+                continue
+            state.mask = None if mask is None else mask.reshape(-1).to(state.device)
+            size = tokens.shape[0] * tokens.shape[1]
+            state.scores = None if state.table is None else torch.zeros(size, device=state.device)
+            state.gate.fill_(1)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         was_open = self._open
@@ -305,13 +315,10 @@ class RoutingRecorder:
             state.gate.zero_()
             state.mask = None
 
-    def _experts_hook(self, number: int) -> Any:
-        layer = self.layers[number]
-        names = _argument_names(layer.experts_module)
-        index_name, weight_name = names[1:3]
-        skips = type(layer.experts_module).__name__.endswith(_SKIPS_WITH_WEIGHT_ZERO)
+    def _report(self, number: int) -> Report:
+        layer, sequence = self.layers[number], self._sequence[number]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def report(indices: torch.Tensor, rows: torch.Tensor | None = None) -> None:
             if not self._open:
                 # Gradient checkpointing repeats the layer in the backward; else someone called a part of the model.
                 if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
@@ -320,22 +327,19 @@ class RoutingRecorder:
                         "that model, or make the recorder from the part that you call"
                     )
                 return
-            indices = args[1] if len(args) > 1 else kwargs[index_name]
-            if skips:
-                weights = args[2] if len(args) > 2 else kwargs[weight_name]
-                indices = indices.masked_fill(weights == 0, -1)
             indices = indices.detach().reshape(-1, indices.shape[-1])
-            expected = self._shape[0] * self._shape[1]
-            if indices.shape[0] != expected or self._rows[number] >= 0:
+            B, S = self._shapes[sequence]
+            if rows is not None and rows.shape[0] == indices.shape[0]:
+                # The other tokens activate no expert of this layer.
+                indices = indices.new_full((B * S, indices.shape[1]), -1).index_copy(0, rows, indices)
+            if indices.shape[0] != B * S or self._rows[number] >= 0:
                 again = " a second time" if self._rows[number] >= 0 else ""
                 raise RuntimeError(
                     f"RoutingRecorder: {layer.name} reported {indices.shape[0]} tokens{again}, the batch has "
-                    f"{self._shape[0]} x {self._shape[1]} = {expected}, each once"
+                    f"{B} x {S} = {B * S}, each once"
                 )
-            self._rows[number] = expected
-            state = self._layer_states[number]
-            if state.device != indices.device:
-                state = self._state_on(indices.device)
+            self._rows[number] = B * S
+            state = self._state_of(number, indices.device)
             tk.record_routing_(
                 indices,
                 state.counts[number, : layer.num_experts],
@@ -347,41 +351,57 @@ class RoutingRecorder:
             if self._store_routes:
                 self._routes[number] = indices
 
-        return hook
+        return report
 
-    def _mask(self, given: Mapping[str, Any]) -> torch.Tensor | None:
+    def _mask(self, given: Mapping[str, Any], prefix: str) -> torch.Tensor | None:
         """[B, S] bool: who counts; None for all."""
-        B, S = self._shape
+        B, S = self._shapes[_TOKENS]
         if self._next_mask is not None:
             mask, self._next_mask = self._next_mask, None
             if tuple(mask.shape) != (B, S) or mask.dtype != torch.bool:
                 raise UserError(f"mask_next: got {mask.dtype} {list(mask.shape)}, allowed is bool [B, S] = [{B}, {S}]")
             return mask
-        attention = given.get("attention_mask")
-        if attention is not None:
-            if not isinstance(attention, torch.Tensor) or attention.dim() != 2 or attention.shape[1] < S:
-                got = list(attention.shape) if isinstance(attention, torch.Tensor) else type(attention).__name__
-                raise UserError(
-                    f"attention_mask: got {got}, allowed is [B, S] = [{B}, {S}] or longer by the cached tokens: from "
-                    "other masks one cannot tell padding; pass the mask with mask_next"
-                )
-            attention = attention[:, -S:] != 0  # with a cache the mask covers past tokens too
+        attention = self._attention(given, prefix, _TOKENS)
         labels = given.get("labels")
         if labels is None:
             return attention
         if tuple(labels.shape) != (B, S):
             raise UserError(f"labels: got shape {list(labels.shape)}, allowed is [B, S] = [{B}, {S}]")
-        return loss_bearing(labels, None if attention is None else attention.to(labels.device))
+        if attention is not None:
+            attention = attention.to(labels.device)
+        if self._encoder_decoder:  # position t of the decoder predicts label t
+            bearing: torch.Tensor = labels != IGNORE_INDEX
+            return bearing if attention is None else bearing & attention
+        return loss_bearing(labels, attention)
 
-    def _state_on(self, device: torch.device) -> _DeviceState:
-        if device not in self._states:
+    def _attention(self, given: Mapping[str, Any], prefix: str, sequence: int) -> torch.Tensor | None:
+        """[B, S] bool: the tokens that are no padding; None for all."""
+        B, S = self._shapes[sequence]
+        name = prefix + "attention_mask"
+        attention = given.get(name)
+        if attention is None:
+            return None
+        if not isinstance(attention, torch.Tensor) or attention.dim() != 2 or attention.shape[1] < S:
+            got = list(attention.shape) if isinstance(attention, torch.Tensor) else type(attention).__name__
+            raise UserError(
+                f"{name}: got {got}, allowed is [B, S] = [{B}, {S}] or longer by the cached tokens: from "
+                "other masks one cannot tell padding; pass the mask with mask_next"
+            )
+        return attention[:, -S:] != 0  # with a cache the mask covers past tokens too
+
+    def _state_of(self, number: int, device: torch.device) -> _DeviceState:
+        key = (device, self._sequence[number])
+        if key not in self._states:
             state = _DeviceState(len(self.layers), self._num_experts, device, self._table)
-            for other in self._states.values():  # born in a forward that is under way
+            for (_, sequence), other in self._states.items():
+                if sequence != key[1]:
+                    continue
+                # Born in a forward that is under way.
                 state.mask = None if other.mask is None else other.mask.to(device)
                 state.scores = None if other.scores is None else torch.zeros_like(other.scores, device=device)
                 state.gate.copy_(other.gate)
-            self._states[device] = state
-        return self._states[device]
+            self._states[key] = state
+        return self._states[key]
 
     def _checked(self, table: torch.Tensor | None) -> torch.Tensor | None:
         if table is None:
