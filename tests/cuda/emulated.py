@@ -1,9 +1,9 @@
 """Builds the CUDA kernels for the CPU and runs an op's conformance cases on them.
 
-    LD_PRELOAD=$(g++ -print-file-name=libasan.so) python tests/cuda/emulated.py OP [CASE...]
+    python tests/cuda/emulated.py MODULE OP [CASE...]
 
-prints one JSON object a line: what is wrong with each case in each order of threads. test_emulation.py runs it in a
-process of its own, because AddressSanitizer must be loaded before Python is.
+prints one JSON object a line: what is wrong with each case in each order of threads. test_emulation.py builds the
+module and runs this in a process of its own, because AddressSanitizer must be loaded before Python is.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ FLAGS = ["-std=c++20", *OPTIMISE, *WARN, *SANITIZE]
 ORDERS = ("forward", "reverse", "shuffled", "warps_ahead")
 
 
-def libasan():
-    """The runtime to preload, or None where this compiler has none."""
-    path = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    return path.strip() if os.path.isabs(path.strip()) else None
+def preload():
+    """LD_PRELOAD of a process that loads the module, or None where this compiler has no AddressSanitizer.
+
+    With the C++ library, because AddressSanitizer looks for the function that throws when it starts.
+    """
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        output = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        paths.append(output.strip())
+    return " ".join(paths) if all(map(os.path.isabs, paths)) else None
 
 
 def build(folder, op="*"):

@@ -248,6 +248,12 @@ OP = OpCases(
         Case("all_experts", {"T": 9, "E": 8, "k": 8}, _build()),
         Case("all_experts_raw", {"T": 9, "E": 40, "k": 40}, _build(renormalize=False)),
         Case("odd_sizes", {"T": 41, "E": 61, "k": 7}, _build(renormalize=False)),
+        # Every number of experts that a warp holds in its lanes' registers, up to the most; groups of any size.
+        Case("experts_200", {"T": 9, "E": 200, "k": 8}, _build(renormalize=False), torch.bfloat16),
+        Case("experts_512", {"T": 9, "E": 512, "k": 33}, _build(), torch.bfloat16),
+        Case("experts_1024", {"T": 5, "E": 1024, "k": 64}, _build(bias=0.3, **FAMILIES["deepseek_v3"])),
+        Case("experts_1000_groups", {"T": 5, "E": 1000, "k": 20},
+             _build(score_function="sigmoid", num_groups=100, topk_groups=40, masked_group_value=float("-inf"))),
         Case("many_experts", {"T": 23, "E": 3001, "k": 100}, _build()),
         Case("many_tokens", {"T": 5003, "E": 60, "k": 6}, _build()),
         *(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from trace_kernels import triton_backend, validate
+from trace_kernels import cuda_backend, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.record_routing.op import check_recording
-from trace_kernels.ops.router_topk import native, reference
+from trace_kernels.ops.router_topk import cuda, native, reference
 from trace_kernels.ops.router_topk.rule import GROUP_SCORES, SCORE_FUNCTIONS, Rule
 
 backends = OpBackends("router_topk")
@@ -23,6 +23,7 @@ backends.register(
     backward=native.backward_cpu,
 )
 triton_backend.register(backends, __package__, "forward", "backward")
+cuda_backend.register(backends, cuda, "forward", "backward")
 
 
 def router_topk(

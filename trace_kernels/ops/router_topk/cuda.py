@@ -1,0 +1,120 @@
+"""The calls of the CUDA kernels of `router_topk`."""
+
+from __future__ import annotations
+
+import torch
+
+from trace_kernels.cuda_backend import ELEMENTS, call, most_blocks
+from trace_kernels.native import address
+from trace_kernels.ops.router_topk.reference import Outputs
+from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
+
+#: What a warp holds in registers (csrc/ops/router_topk/cuda.cu).
+MOST_EXPERTS, MOST_CHOSEN = 1024, 64
+
+
+def refuse(
+    logits: torch.Tensor,
+    rule: Rule,
+    selection_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    want_counts: bool,
+    weights_dtype: torch.dtype,
+    keep: bool,
+) -> str | None:
+    E = logits.shape[1]
+    if E > MOST_EXPERTS or rule.k > MOST_CHOSEN:
+        return f"a warp holds up to {MOST_EXPERTS} experts and {MOST_CHOSEN} chosen, not {E} and {rule.k}"
+    return None if weights_dtype in ELEMENTS else "it computes in float32, weights_dtype is float64"
+
+
+def forward(
+    logits: torch.Tensor,
+    rule: Rule,
+    selection_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    want_counts: bool,
+    weights_dtype: torch.dtype,
+    keep: bool,
+) -> Outputs:
+    """Weights, indices and chosen scores [T, k], stats [T, 2], counts [E], score [T]; what is not wanted is empty."""
+    T, E = logits.shape
+    device = logits.device
+    bias = None if selection_bias is None else selection_bias.float().contiguous()
+    table = None if table is None else table.contiguous()
+    weights = torch.empty((T, rule.k), dtype=weights_dtype, device=device)
+    indices = torch.empty((T, rule.k), dtype=torch.int64, device=device)
+    chosen = torch.empty((T if keep else 0, rule.k), dtype=torch.float32, device=device)
+    stats = torch.empty((T if keep and rule.dense_gradient else 0, 2), dtype=torch.float32, device=device)
+    counts = torch.zeros(E if want_counts else 0, dtype=torch.int64, device=device)
+    score = torch.empty(0 if table is None else T, dtype=torch.float32, device=device)
+    call(
+        "router_topk_cuda",
+        device,
+        logits.data_ptr(),
+        ELEMENTS[logits.dtype],
+        T,
+        E,
+        *logits.stride(),
+        rule.k,
+        SCORE_FUNCTIONS.index(rule.score_function),
+        rule.renormalize,
+        rule.scale,
+        rule.eps,
+        address(bias),
+        rule.num_groups,
+        rule.topk_groups,
+        rule.group_score == "sum_top2",
+        rule.masked_group_value,
+        address(token_mask),
+        0 if token_mask is None else token_mask.stride(0),
+        address(table),
+        weights.data_ptr(),
+        ELEMENTS[weights_dtype],
+        indices.data_ptr(),
+        chosen.data_ptr() if chosen.numel() else 0,
+        stats.data_ptr() if stats.numel() else 0,
+        counts.data_ptr() if want_counts else 0,
+        score.data_ptr() if score.numel() else 0,
+        most_blocks(device, 4),
+    )
+    return weights, indices, chosen, stats, counts, score
+
+
+def backward(
+    grad_weights: torch.Tensor,
+    logits: torch.Tensor | None,
+    indices: torch.Tensor,
+    chosen: torch.Tensor,
+    stats: torch.Tensor,
+    rule: Rule,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient [T, E] of the logits in `dtype`; `logits` are needed where `rule.dense_gradient`."""
+    gradient = torch.empty((indices.shape[0], num_experts), dtype=dtype, device=indices.device)
+    indices, chosen, stats = indices.contiguous(), chosen.contiguous(), stats.contiguous()
+    call(
+        "router_topk_backward_cuda",
+        indices.device,
+        grad_weights.data_ptr(),
+        ELEMENTS[grad_weights.dtype],
+        *grad_weights.stride(),
+        address(logits) if rule.dense_gradient else 0,
+        ELEMENTS[dtype],
+        *((0, 0) if logits is None else logits.stride()),
+        indices.data_ptr(),
+        chosen.data_ptr(),
+        stats.data_ptr() if stats.numel() else 0,
+        *indices.shape,
+        num_experts,
+        SCORE_FUNCTIONS.index(rule.score_function),
+        rule.renormalize,
+        rule.scale,
+        rule.eps,
+        gradient.data_ptr(),
+        most_blocks(indices.device, 8),
+    )
+    return gradient
