@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON
+# Processes that the tests run in.
+JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
@@ -20,7 +22,7 @@ demo: $(VENV)/.built
 	$(BIN)/trace-unlearn demo --output runs/demo $(DEMO)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(TEST)
+	$(BIN)/python -m pytest -n $(JOBS) $(TEST)
 
 lint: $(VENV)/.deps
 	$(BIN)/ruff check .

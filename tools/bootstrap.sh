@@ -24,8 +24,9 @@ deps() {
     }
   fi
   torch
-  "$VENV/bin/python" -c 'import triton' 2>/dev/null || "$VENV/bin/python" -m pip install -q -r requirements/triton.txt
-  "$VENV/bin/python" -m pip install -q -r requirements/dev.txt
+  echo "Installing pinned packages into $VENV"
+  "$VENV/bin/python" -c 'import triton' 2>/dev/null || "$VENV/bin/python" -m pip install -qq -r requirements/triton.txt
+  "$VENV/bin/python" -m pip install -qq -r requirements/dev.txt
 }
 
 # A GPU gets the CUDA build of torch; any other machine the CPU build, which is found on a configured package index,
@@ -36,20 +37,20 @@ torch() {
   if "$VENV/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$wanted')" 2>/dev/null; then return; fi
   if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
     echo "A GPU is here: installing the CUDA build of torch (several gigabytes)"
-    "$VENV/bin/python" -m pip install -q -r requirements/torch.txt
+    "$VENV/bin/python" -m pip install -qq -r requirements/torch.txt
     return
   fi
   echo "No GPU is here: installing the CPU build of torch"
-  "$VENV/bin/python" -m pip install -q -r requirements/torch-cpu.txt 2>/dev/null && return
-  "$VENV/bin/python" -m pip install -q uv &&
-    "$VENV/bin/uv" pip install -q --python "$VENV/bin/python" --torch-backend cpu -r requirements/torch.txt && return
+  "$VENV/bin/python" -m pip install -qq -r requirements/torch-cpu.txt 2>/dev/null && return
+  "$VENV/bin/python" -m pip install -qq uv &&
+    "$VENV/bin/uv" pip install -qq --python "$VENV/bin/python" --torch-backend cpu -r requirements/torch.txt && return
   echo "The CPU build was not found: taking the default build, which is large"
-  "$VENV/bin/python" -m pip install -q -r requirements/torch.txt
+  "$VENV/bin/python" -m pip install -qq -r requirements/torch.txt
 }
 
 build() {
   echo "Building trace-kernels"
-  PATH="$PWD/$VENV/bin:$PATH" "$VENV/bin/python" -m pip install -q --no-build-isolation --no-deps -e .
+  PATH="$PWD/$VENV/bin:$PATH" "$VENV/bin/python" -m pip install -qq --no-build-isolation --no-deps -e .
 }
 
 "$1"
