@@ -1,9 +1,5 @@
-import os
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import tiny
