@@ -43,10 +43,7 @@ def select_experts(stats: RoutingStatistics, *, experts_per_layer: int | None = 
         >>> select_experts(stats).tolist()
         [[0, 0]]
     """
-    if experts_per_layer is not None and experts_per_layer < 1:
-        raise UserError(f"experts_per_layer: got {experts_per_layer}, allowed is 1 or more (or null for all)")
-    if not tau >= 0:
-        raise UserError(f"tau: got {tau}, allowed is 0 or more")
+    _check_selection(experts_per_layer, tau)
     f, r = _frequencies(stats)
     E = f.shape[1]
     qualifies = (f > r) & (f >= tau * stats.top_k / E)
@@ -150,6 +147,7 @@ def calibrate(
             "ridge_used": ridge_used,
             "layer_indices": stats.meta.get("layer_indices"),
             "model": stats.meta.get("model"),
+            "model_type": stats.meta.get("model_type"),
             "forget_fingerprint": stats.meta.get("forget_fingerprint"),
         },
         notes=notes,
@@ -204,6 +202,13 @@ def _frequencies(stats: RoutingStatistics) -> tuple[torch.Tensor, torch.Tensor]:
     return stats.forget_frequency, stats.retain_frequency
 
 
+def _check_selection(experts_per_layer: int | None, tau: float) -> None:
+    if experts_per_layer is not None and experts_per_layer < 1:
+        raise UserError(f"experts_per_layer: got {experts_per_layer}, allowed is 1 or more (or null for all)")
+    if not 0 <= tau < math.inf:
+        raise UserError(f"tau: got {tau}, allowed are finite numbers from 0")
+
+
 def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
     if rule not in RULES:
         raise UserError(f"rule: got {rule!r}, allowed: {', '.join(map(repr, RULES))}")
@@ -212,8 +217,8 @@ def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) 
             f"min_ess: got {min_ess}, allowed is 0 <= min_ess < 1 (a share of the retain tokens); only uniform weights "
             "reach 1, use rule 'uniform' for them"
         )
-    if not max_weight >= 1.0001:
-        raise UserError(f"max_weight: got {max_weight}, allowed is above 1: the mean weight is 1")
+    if not 1.0001 <= max_weight < math.inf:
+        raise UserError(f"max_weight: got {max_weight}, allowed are finite numbers above 1: the mean weight is 1")
     if not 0 < ridge < 1e6:
         raise UserError(f"ridge: got {ridge}, allowed is above 0 and below 1e6")
 
@@ -353,8 +358,15 @@ class CalibrateOptions:
     ridge: float = 1e-6
 
 
+def check(options: CalibrateOptions) -> None:
+    """UserError for what can be told from the options alone."""
+    _check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
+    _check_selection(options.experts_per_layer, options.tau)
+
+
 def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
     """Runs the verb: reads the statistics, calibrates, prints the outcome, writes the folder `options.output`."""
+    check(options)
     files.refuse_existing(options.output)
     say(f"calibrate: {options.profile}, rule {options.rule} -> {options.output}")
     stats = RoutingStatistics.load(options.profile)

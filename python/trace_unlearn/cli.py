@@ -125,6 +125,8 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
 
     try:
         return parser.parse_args(_with_switches(parser, words))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
     except (jsonargparse.ArgumentError, OSError) as error:
         message = str(getattr(error, "message", None) or error)
         raise UserError(f"{_plain(message)}\nSee {parser.prog} --help") from error

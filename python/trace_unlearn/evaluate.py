@@ -21,7 +21,7 @@ from trace_unlearn.answers import STOPS, answer_scores
 from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.likelihood import Routes, log_likelihood, routing_shift
-from trace_unlearn.model import check_inputs, load_model, load_tokenizer
+from trace_unlearn.model import check_inputs, check_placement, load_model, load_tokenizer
 
 
 @dataclasses.dataclass
@@ -150,12 +150,28 @@ def routes_of(
     return routes
 
 
+def check(options: EvaluateOptions) -> list[str]:
+    """The checkpoints to measure; UserError for what can be told from the options alone."""
+    models = [options.models] if isinstance(options.models, str) else options.models
+    if not models:
+        raise UserError("models: got none; name at least one checkpoint")
+    if len(set(models)) < len(models):
+        raise UserError(f"models: got {', '.join(models)}; each may be named once")
+    least = {"batch_size": 1, "max_new_tokens": 0, "max_generations": 1, "routing_tokens": 1}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise UserError(f"{name}: got {value}; an integer of at least {bound} is allowed")
+    if options.device_map is None:
+        check_placement(options.dtype, options.device)
+    return models
+
+
 def main(options: EvaluateOptions) -> None:
     """Measures every checkpoint of `options` and writes `output`/metrics.json, whole or not at all."""
     target = Path(options.output) / "metrics.json"
     files.refuse_existing(target)
-    models = [options.models] if isinstance(options.models, str) else options.models
-    _check(options, models)
+    models = check(options)
     configs = [check_inputs(name, moe=options.base is not None) for name in models]
     if options.base is not None:
         check_inputs(options.base)
@@ -237,18 +253,6 @@ def _named(
     if reserved := {"forget", "retain"} & set(others or ()):
         raise UserError(f"others: got the name {reserved.pop()!r}, which is taken; use another")
     return {"forget": forget, "retain": retain, **(others or {})}
-
-
-def _check(options: EvaluateOptions, models: list[str]) -> None:
-    if not models:
-        raise UserError("models: got none; name at least one checkpoint")
-    if len(set(models)) < len(models):
-        raise UserError(f"models: got {', '.join(models)}; each may be named once")
-    least = {"batch_size": 1, "max_new_tokens": 0, "max_generations": 1, "routing_tokens": 1}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise UserError(f"{name}: got {value}; an integer of at least {bound} is allowed")
 
 
 @contextlib.contextmanager

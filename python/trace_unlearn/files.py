@@ -85,8 +85,9 @@ def load_tensors(path: PathLike) -> dict[str, torch.Tensor]:
 
 
 def refuse_existing(path: PathLike) -> None:
-    """UserError when something is at `path`; an empty folder may be there."""
+    """UserError when something is at `path`, or nothing can be made there; an empty folder may be there."""
     path = Path(path)
+    _check_place(path)
     if not os.path.lexists(path):
         return
     if path.is_dir():
@@ -95,6 +96,16 @@ def refuse_existing(path: PathLike) -> None:
                 return
         raise UserError(f"{path}: the folder exists and is not empty; name another one or remove it")
     raise UserError(f"{path}: exists already; name another path or remove it")
+
+
+def _check_place(path: Path) -> None:
+    folder = Path(os.path.abspath(path)).parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: cannot be made: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be made: {folder} is not writable")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from trace_unlearn.errors import UserError
 
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
@@ -17,7 +19,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process is at work there.
     """
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -99,6 +99,12 @@ def load_model(
     return model
 
 
+def check_placement(dtype: str | torch.dtype, device: str | torch.device | None) -> None:
+    """UserError for a dtype or device that `load_model` would refuse."""
+    _dtype(dtype)
+    _device(device)
+
+
 def load_tokenizer(
     name_or_path: str | os.PathLike[str], model: PreTrainedModel | PreTrainedConfig | None = None
 ) -> Tokenizer:

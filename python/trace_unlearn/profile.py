@@ -23,7 +23,7 @@ from trace_unlearn import files
 from trace_unlearn.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
-from trace_unlearn.model import check_inputs, load_model, load_tokenizer
+from trace_unlearn.model import check_inputs, check_placement, load_model, load_tokenizer
 from trace_unlearn.routing import RoutingRecorder, unwrap
 
 TENSORS, META = "routing.safetensors", "routing.json"
@@ -130,8 +130,7 @@ def profile_routing(
     Raises:
         UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size: got {batch_size}, allowed is 1 or more")
+    _check_batch_size(batch_size)
     overlap = check_disjoint(forget, retain)
     was_training = model.training
     model.train(False)
@@ -174,6 +173,11 @@ def profile_routing(
             },
         },
     )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size: got {batch_size}, allowed is 1 or more")
 
 
 @dataclass
@@ -297,8 +301,15 @@ class ProfileOptions:
     device: str | None = None
 
 
+def check(options: ProfileOptions) -> None:
+    """UserError for what can be told from the options alone."""
+    _check_batch_size(options.batch_size)
+    check_placement(options.dtype, options.device)
+
+
 def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
     """Runs the verb: loads, profiles, writes the folder `options.output`."""
+    check(options)
     files.refuse_existing(options.output)
     say(f"profile: {options.model} on {options.forget} (forget) and {options.retain} (retain) -> {options.output}")
     tokenizer = load_tokenizer(options.model, check_inputs(options.model))

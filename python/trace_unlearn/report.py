@@ -70,6 +70,10 @@ def report_run(folder: Path) -> Page:
     calibration = Calibration.load(folder / "calibration") if (folder / "calibration").is_dir() else None
     metrics = files.read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     training = files.read_json(folder / "model" / "trace.json") if (folder / "model" / "trace.json").is_file() else None
+    if metrics is not None and not (isinstance(metrics, dict) and {"checkpoints", "choices"} <= metrics.keys()):
+        raise UserError(f"{folder / 'metrics.json'}: not measures that evaluate wrote")
+    if training is not None and not (isinstance(training, dict) and "log" in training):
+        raise UserError(f"{folder / 'model' / 'trace.json'}: not a record that train wrote")
     if stats is None and calibration is None and metrics is None and training is None:
         raise UserError(
             f"run: {folder} holds none of profile/, calibration/, model/ and metrics.json; nothing to report"

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from trace_unlearn.calibrate import CalibrateOptions
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import EvaluateOptions
-from trace_unlearn.files import read_json, write_json
-from trace_unlearn.lock import alone
+from trace_unlearn.files import read_json, refuse_existing, write_json
+from trace_unlearn.lock import LOCK, alone
 from trace_unlearn.profile import ProfileOptions
 from trace_unlearn.report import ReportOptions
 from trace_unlearn.train import TrainOptions
@@ -97,6 +97,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def options_from(namespace: Namespace) -> RunOptions:
     """The options that the command line gave."""
     values = namespace.as_dict()
+    for section in SECTIONS:
+        values[section] = {} if values[section] is None else values[section]  # "train:" with nothing below it
+        if not isinstance(values[section], dict):
+            raise UserError(f"{section}: got {values[section]!r}, allowed are options of {section} by name")
     return RunOptions(**{item.name: values[item.name] for item in dataclasses.fields(RunOptions)})
 
 
@@ -104,8 +108,22 @@ def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
     """Runs the verb."""
     output = Path(options.output)
     steps = _steps(options)
+    for step in steps:
+        step.check()
+    if not output.is_dir():
+        refuse_existing(output)
     say(f"run: {', then '.join(step.verb for step in steps)} -> {output}")
+    fresh = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        _take_steps(output, steps, say)
+    except UserError:
+        if fresh:
+            _remove_unused(output)
+        raise
+
+
+def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None]) -> None:
     with alone(output):
         record = read_json(output / RECORD) if (output / RECORD).is_file() else {}
         finished = {step.verb for step in steps if step.is_finished(output, record.get(step.verb))}
@@ -120,6 +138,15 @@ def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
             importlib.import_module(f"trace_unlearn.{step.verb}").main(step.options)
             record[step.verb]["seconds"] = round(time.monotonic() - begun, 1)
             write_json(output / RECORD, record)
+
+
+def _remove_unused(output: Path) -> None:
+    """Removes a run folder in which nothing was made."""
+    found = list(output.iterdir())
+    if {path.name for path in found} <= {LOCK, RECORD}:
+        for path in found:
+            path.unlink()
+        output.rmdir()
 
 
 @dataclass(frozen=True)
@@ -139,6 +166,15 @@ class Step:
     @property
     def product(self) -> str:
         return PRODUCTS[self.verb]
+
+    def check(self) -> None:
+        """UserError for a mistake in the options, which would else show only when the steps before it are done."""
+        module = importlib.import_module(f"trace_unlearn.{self.verb}")
+        if hasattr(module, "check"):
+            try:
+                module.check(self.options)
+            except UserError as error:
+                raise UserError(f"{self.verb}: {error}") from error
 
     def identity(self) -> dict[str, Any]:
         """What the product follows from, as JSON holds it; where the run folder is does not matter."""

@@ -142,7 +142,7 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         say = _silent
-    config = _check(options)
+    config = check(options)
     output, work = Path(options.output), Path(f"{options.output}.training")
     files.refuse_existing(output)
     say(
@@ -173,8 +173,8 @@ def _silent(message: str) -> None:
     pass
 
 
-def _check(options: TrainOptions) -> TraceConfig:
-    """All that can be told from the options alone."""
+def check(options: TrainOptions) -> TraceConfig:
+    """The method's knobs; UserError for what can be told from the options alone."""
     names = [field.name for field in dataclasses.fields(TraceConfig)]
     config = TraceConfig(**{name: getattr(options, name) for name in names})
     if config.weighting != "uniform" and options.calibration is None:
@@ -199,6 +199,8 @@ def _check(options: TrainOptions) -> TraceConfig:
     for name in ("max_grad_norm", "weight_decay"):
         if not (math.isfinite(value := getattr(options, name)) and value >= 0):
             raise UserError(f"{name}: got {value}, allowed are finite numbers from 0")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"seed: got {options.seed}, allowed are integers from 0 to 2**32 - 1")
     if options.device not in (None, "cpu", "cuda"):
         raise UserError(f"device: got {options.device!r}, allowed: cpu, cuda (choose one with CUDA_VISIBLE_DEVICES)")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -217,7 +219,8 @@ def _check(options: TrainOptions) -> TraceConfig:
 
 def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     """Everything but the model, checked."""
-    tokenizer = load_tokenizer(options.model, check_inputs(options.model, moe=config.weighting != "uniform"))
+    model_config = check_inputs(options.model, moe=config.weighting != "uniform")
+    tokenizer = load_tokenizer(options.model, model_config)
     calibration, digest = None, None
     if options.calibration is not None and config.weighting != "uniform":
         calibration, digest = Calibration.load(options.calibration), _digest(Path(options.calibration))
@@ -227,6 +230,7 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     )
     check_disjoint(forget, retain)
     if calibration is not None:
+        _check_calibration(options, calibration, model_config.model_type, fingerprint(forget))
         retain = attach_weights(retain, calibration)
     facts = {
         "method": "TRACE" if calibration is not None else "uniform retain weights",
@@ -238,6 +242,23 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
         else {"sha256": digest, "rule": calibration.rule, "ess": calibration.ess, **calibration.choices},
     }
     return _Inputs(config, tokenizer, forget, retain, calibration, facts)
+
+
+def _check_calibration(options: TrainOptions, calibration: Calibration, model_type: str, forget: str) -> None:
+    """UserError when it was made for another kind of model or other forget data; a warning for another name."""
+    made = calibration.choices
+    if made.get("model_type") not in (None, model_type):
+        raise UserError(
+            f"calibration: was made with {made.get('model')} of type {made['model_type']}, and {options.model} is of "
+            f"type {model_type}; profile and calibrate again with this model"
+        )
+    if made.get("forget_fingerprint") not in (None, forget):
+        raise UserError(
+            "forget: the data is not what the calibration was made for (another file, tokenizer, max_length or limit); "
+            "profile and calibrate again with this data"
+        )
+    if (name := made.get("model")) and Path(name).resolve() != Path(options.model).resolve():
+        logger.warning("the calibration was made with %s: is %s the same model?", name, options.model)
 
 
 def _digest(folder: Path) -> str:

@@ -322,7 +322,9 @@ class TraceTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
                 record = {**(facts or {}), "config": self.trace_config, "steps": self.state.global_step}
-                write_json(folder / "trace.json", {**record, "log": self.state.log_history})
+                # Without Trainer's summary at the end: after a resume its mean loss leaves the steps before out.
+                log = [entry for entry in self.state.log_history if "train_runtime" not in entry]
+                write_json(folder / "trace.json", {**record, "log": log})
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
