@@ -1,0 +1,249 @@
+"""The goals of the CPU kernels as one table: ratios of times that were taken in turns in one run.
+
+    python -m benchmarks.cpu [--quick] [--only WORD] [--json FILE]
+
+Every op must pass its conformance cases on the cpu backend first. "bare GEMMs" are torch.mm into memory that exists
+already. Run it on a quiet machine; a ratio is a median over rounds, so a drift of the machine cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import trace_kernels as tk
+from benchmarks.machine import describe
+from benchmarks.run import gate
+from benchmarks.timing import interleave, median_ratio, peak_memory
+from trace_kernels.conformance import discover
+from trace_kernels.native import native
+from trace_kernels.ops.linear_cross_entropy.cases import eager, torch_chunked, torch_compile
+
+CPU = torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+SHAPES = {FP32: [(1024, 1024, 32000), (1024, 512, 151936)]}
+SHAPES[BF16] = [(1024, 1024, 32000), (1024, 2048, 50304), (1024, 1024, 151936)]
+PEERS = [(FP32, 1024, 1024, 32000), (BF16, 1024, 1024, 32000)]
+FEW = (BF16, 64, 2048, 151936)
+
+Row = tuple[str, str, float, str]  # what, inputs, figure, goal
+
+
+class Head:
+    """The inputs of one shape, and every way to spend time on them."""
+
+    def __init__(self, dtype: torch.dtype, T: int, H: int, V: int, ignored: float = 0.0, spread: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(T + H + V)
+        self.hidden = (torch.randn(T, H, generator=generator) * spread).to(dtype)
+        self.weight = (torch.randn(V, H, generator=generator) / H**0.5).to(dtype)
+        self.target = torch.randint(V, (T,), generator=generator)
+        self.target[: int(ignored * T)] = -100
+        self.token_weight = torch.rand(T, generator=generator) + 0.5
+        self.name = f"{'fp32' if dtype == FP32 else 'bf16'} ({T}, {H}, {V})"
+
+    def step(self, function: Callable[..., torch.Tensor], trainable: bool) -> Callable[[], object]:
+        def call() -> object:
+            hidden = self.hidden.detach().requires_grad_()
+            weight = self.weight.detach().requires_grad_(trainable)
+            loss = function(hidden, weight, self.target, self.token_weight)
+            return torch.autograd.grad(loss, (hidden, weight) if trainable else (hidden,))
+
+        return call
+
+    def ours(self, trainable: bool = False) -> Callable[[], object]:
+        return self.step(functools.partial(tk.linear_cross_entropy, backend="cpu"), trainable)
+
+    def log_prob(self) -> object:
+        with torch.no_grad():
+            return tk.linear_log_prob(self.hidden, self.weight, self.target, backend="cpu")
+
+    def kl(self) -> object:
+        hidden = self.hidden.detach().requires_grad_()
+        ref = self.hidden + 0.1
+        loss = tk.linear_kl(hidden, self.weight, ref, self.weight, self.token_weight, backend="cpu")
+        return torch.autograd.grad(loss, hidden)
+
+    def bare(self, passes: int) -> Callable[[], object]:
+        logits = torch.mm(self.hidden, self.weight.T)
+        dhidden, dweight = torch.empty_like(self.hidden), torch.empty_like(self.weight if passes == 3 else self.hidden)
+
+        def call() -> None:
+            torch.mm(self.hidden, self.weight.T, out=logits)
+            if passes > 1:
+                torch.mm(logits, self.weight, out=dhidden)
+            if passes > 2:
+                torch.mm(logits.T, self.hidden, out=dweight)
+
+        return call
+
+
+def ratio(ours: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Medians over rounds of other / ours and of ours / other."""
+    timings = interleave({"ours": ours, "other": other}, CPU, seconds=0.0, least_rounds=rounds)
+    forward = median_ratio(timings["ours"], timings["other"])
+    return forward, 1.0 / forward
+
+
+def heads(rounds: int, quick: bool) -> Iterator[Row]:
+    for dtype, shapes in SHAPES.items():
+        fp32 = dtype == FP32
+        for shape in shapes[:1] if quick else shapes:
+            head = Head(dtype, *shape)
+            yield (
+                "frozen / 2 bare GEMMs",
+                head.name,
+                ratio(head.ours(), head.bare(2), rounds)[1],
+                ("<= 1.03" if fp32 else "<= 1.06"),
+            )
+            yield (
+                "trainable / 3 bare GEMMs",
+                head.name,
+                ratio(head.ours(True), head.bare(3), rounds)[1],
+                ("<= 1.05" if fp32 else "<= 1.08"),
+            )
+            yield "log_prob / 1 bare GEMM", head.name, ratio(head.log_prob, head.bare(1), rounds)[1], "<= 1.05"
+    head = Head(*FEW)
+    yield "few tokens, frozen / 2 bare GEMMs", head.name, ratio(head.ours(), head.bare(2), rounds)[1], "<= 1.15"
+    for dtype, *shape in PEERS[1:] if quick else PEERS:
+        head, half = Head(dtype, *shape), Head(dtype, *shape, ignored=0.5)
+        yield "half ignored / full", head.name, ratio(half.ours(), head.ours(), rounds)[1], "<= 0.55"
+
+
+def peers(rounds: int, quick: bool) -> Iterator[Row]:
+    for dtype, *shape in PEERS[1:] if quick else PEERS:
+        head, fp32 = Head(dtype, *shape), dtype == FP32
+        yield (
+            "eager / ours, frozen",
+            head.name,
+            ratio(head.ours(), head.step(eager, False), rounds)[0],
+            (">= 1.15" if fp32 else ">= 1.45"),
+        )
+        for trainable in (False, True):
+            compiled = head.step(torch_compile, trainable)
+            what = f"torch.compile / ours, {'trainable' if trainable else 'frozen'}"
+            yield what, head.name, ratio(head.ours(trainable), compiled, rounds)[0], ">= 1.0" if fp32 else ">= 1.05"
+        if hasattr(F, "linear_cross_entropy"):
+            chunked = head.step(torch_chunked, False)
+            yield "torch chunked / ours, frozen", head.name, ratio(head.ours(), chunked, min(rounds, 3))[0], ">= 3.5"
+
+
+def rows_from_logits(rounds: int, quick: bool) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1024, 32000, generator=generator)
+    target, weights = torch.randint(32000, (1024,), generator=generator), torch.rand(1024, generator=generator)
+    copy, work = torch.empty_like(logits), logits.clone()
+
+    def ours() -> object:
+        leaf = work.detach().requires_grad_()
+        return torch.autograd.grad(tk.cross_entropy(leaf, target, weights, inplace=True, backend="cpu"), leaf)
+
+    yield (
+        "cross_entropy in place / one copy",
+        "fp32 (1024, 32000)",
+        ratio(ours, lambda: copy.copy_(logits), rounds)[1],
+        "<= 1.8",
+    )
+
+
+def divergence(rounds: int, quick: bool) -> Iterator[Row]:
+    for dtype in (BF16,) if quick else (FP32, BF16):
+        head = Head(dtype, 1024, 1024, 32000)
+        bare = functools.partial(in_turn, head.bare(1), head.bare(2))
+        yield "linear_kl frozen / 3 bare GEMMs", head.name, ratio(head.kl, bare, rounds)[1], "<= 1.15"
+
+
+def in_turn(*calls: Callable[[], object]) -> None:
+    for call in calls:
+        call()
+
+
+def routing(rounds: int, quick: bool) -> Iterator[Row]:
+    ops = discover()
+    for case in ops["record_routing_"].cases:
+        if case.benchmark and case.sizes["T"] == 16384:
+            op, call = ops["record_routing_"], case.call()
+            ours = functools.partial(op.function, *call.args, **call.kwargs, backend="cpu")
+            other = functools.partial(op.eager, *call.args, **call.kwargs)
+            yield "record_routing_: torch / ours", case.name, ratio(ours, other, 5 * rounds)[0], ">= 5"
+
+
+def memory(rounds: int, quick: bool) -> Iterator[Row]:
+    for dtype, *shape in ((FP32, 1024, 1024, 32000), (BF16, 1024, 2048, 50304))[: 1 if quick else 2]:
+        head = Head(dtype, *shape)
+        for trainable in (False, True):
+            peak = peak_memory(head.ours(trainable), CPU)
+            if peak is None:
+                continue
+            outputs = head.hidden.nbytes * 2 + (head.weight.nbytes * 2 if trainable else 0)
+            what = f"scratch MiB, {'trainable' if trainable else 'frozen'} (stash counted as output)"
+            yield what, head.name, (peak - outputs) / 2**20, "<= 48"
+
+
+def accuracy(rounds: int, quick: bool) -> Iterator[Row]:
+    for label, spread in (("peaked", 8.0), ("flat", 1e-2)):
+        head = Head(BF16, 256, 1024, 32000, spread=spread)
+        truth = tk.linear_log_prob(head.hidden.double(), head.weight.double(), head.target, backend="reference")
+        yield (
+            f"log-prob error in nats, {label}",
+            head.name,
+            (head.log_prob().double() - truth).abs().max().item(),
+            ("<= 1e-4"),
+        )
+    for dtype in (FP32, BF16):
+        head = Head(dtype, 256, 512, 8000)
+        wide = Head(torch.float64, 256, 512, 8000)
+        wide.hidden, wide.weight = head.hidden.double(), head.weight.double()
+        truth = wide.step(functools.partial(tk.linear_cross_entropy, backend="reference"), True)()
+        results = (head.ours(True)(), head.step(eager, True)())
+        for index, what in enumerate(("dX", "dW")):
+            mine, theirs = ((got[index].double() - truth[index]).norm().item() for got in results)
+            yield f"{what} error / eager's", head.name, mine / theirs, "<= 1.2"
+
+
+SECTIONS = {
+    "heads": heads,
+    "peers": peers,
+    "logits": rows_from_logits,
+    "kl": divergence,
+    "routing": routing,
+    "memory": memory,
+    "accuracy": accuracy,
+}
+
+
+def met(figure: float, goal: str) -> bool:
+    bound = float(goal.split()[1])
+    return figure <= bound if goal.startswith("<=") else figure >= bound
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--only", action="append", choices=sorted(SECTIONS), help="a section; may be repeated")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    options = parser.parse_args(arguments)
+    for name in ("linear_cross_entropy", "linear_log_prob", "linear_kl", "cross_entropy"):
+        if (reason := gate(discover()[name], "cpu", "cpu")) is not None:
+            print(f"{name}: not timed, it is wrong: {reason}", file=sys.stderr)
+            return 1
+    print(", ".join(describe(CPU).values()), f"instruction set {native().isa()}", sep=", ", flush=True)
+    table = []
+    for section in options.only or SECTIONS:
+        for what, inputs, figure, goal in SECTIONS[section](3 if options.quick else 9, options.quick):
+            table.append({"what": what, "inputs": inputs, "figure": figure, "goal": goal, "met": met(figure, goal)})
+            mark = "  " if table[-1]["met"] else " !"
+            print(f"{what:<52}{inputs:<26}{figure:>10.3g}  {goal}{mark}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": describe(CPU), "isa": native().isa(), "rows": table}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
