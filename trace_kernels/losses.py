@@ -199,6 +199,9 @@ def scale_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) ->
         from trace_kernels.triton_common import scaled_rows  # imports Triton
 
         return scaled_rows(stash.reshape(stash.shape[0], -1), scale, scaled.view(stash.shape[0], -1)).view_as(stash)
+    if scale.dim() == 0 and scale.device.type == "cpu":
+        # One pass: a 0-d factor does not promote, and is multiplied in float32.
+        return scaled.zero_() if scale == 0 else torch.mul(stash, scale, out=scaled)
     # In blocks, because a bfloat16 dW passes through float32.
     block = max(1, 2**18 // max(1, stash[0].numel()))
     for start in range(0, stash.shape[0], block):

@@ -232,67 +232,83 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
   const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
                                softcap, scale);
   const TileKernels& kernels = tile_kernels(p.weight.type);
-  constexpr int64_t kChunk = 1024;  // rows of hidden
   // Columns of the vocabulary. With few rows the fp32 gradient of the tile is what must stay in the cache.
   const int64_t tile =
       num_rows > 256 ? 256 : std::clamp<int64_t>((int64_t{1} << 17) / H / kRowPad * kRowPad, kRowPad, 256);
-  const int64_t chunk = std::min(kChunk, round_up(num_rows, kColPad));
-  const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
-  const int64_t h2 = k_dwords(kernels, H), t2 = k_dwords(kernels, chunk), ldd = round_up(H, kColPad);
-  const int64_t bt_size = h2 * chunk, b_size = t2 * ldd;
+  const int64_t h2 = k_dwords(kernels, H), ldd = round_up(H, kColPad);
+  // Rows whose two packings all threads share. Where there are more rows than one chunk, a thread keeps the gradients
+  // of several tiles (a wave) while the chunks pass, so that packing a chunk again for every wave costs little.
+  constexpr int64_t kBytes = int64_t{8} << 20;
+  const int64_t chunk =
+      std::min(round_up(num_rows, kColPad), std::clamp<int64_t>(kBytes / (8 * h2) / kColPad * kColPad, kColPad, 1024));
+  const int64_t num_chunks = (num_rows + chunk - 1) / chunk, t2 = k_dwords(kernels, chunk);
+  const int64_t wave_tiles = num_chunks == 1 ? 1 : std::clamp<int64_t>(kBytes / (tile * ldd * 4), 1, 16);
   const int threads = static_cast<int>(std::clamp<int64_t>((V + kRowPad - 1) / kRowPad, 1, num_threads));
+  const int64_t a_size = packed_a_dwords(h2, tile);
   Workspace memory;
-  const int64_t bt_at = memory.add<uint32_t>(bt_size * num_chunks), b_at = memory.add<uint32_t>(b_size * num_chunks);
+  const int64_t bt_at = memory.add<uint32_t>(h2 * chunk), b_at = memory.add<uint32_t>(t2 * ldd);
   struct ThreadMemory {
     int64_t a, s, dz, acc, dbias;
   };
   std::vector<ThreadMemory> own;
   for (int i = 0; i < threads; ++i)
-    own.push_back({memory.add<uint32_t>(packed_a_dwords(h2, tile)), memory.add<float>(tile * kScoreCols),
-                   memory.add<uint32_t>(packed_a_dwords(t2, tile)), memory.add<float>(tile * ldd),
-                   memory.add<float>(tile)});
+    own.push_back({memory.add<uint32_t>(wave_tiles * a_size), memory.add<float>(tile * kScoreCols),
+                   memory.add<uint32_t>(packed_a_dwords(t2, tile)), memory.add<float>(wave_tiles * tile * ldd),
+                   memory.add<float>(wave_tiles * tile)});
   memory.allocate();
   Barrier barrier;
-  const int64_t bytes = bytes_of(p.weight.type);
+  const int64_t bytes = bytes_of(p.weight.type), num_units = (V + kRowPad - 1) / kRowPad;
   parallel(threads, [&](int thread, int of) {
     const FlushDenormals flush;
-    for (int64_t item = thread; item < 2 * num_chunks; item += of) {
-      const int64_t i = item / 2, t0 = i * chunk, n = std::min(chunk, num_rows - t0);
-      const Rows rows = rows_from(p.hidden, t0);
-      if (item % 2 == 0) {
-        kernels.pack_bt(rows, n, H, memory.at<uint32_t>(bt_at) + i * bt_size);
-      } else {
-        kernels.pack_b(rows, n, H, memory.at<uint32_t>(b_at) + i * b_size);
-      }
-    }
-    barrier.wait(of);
     const ThreadMemory& mine = own[thread];
-    auto* a = memory.at<uint32_t>(mine.a);
+    auto* bt = memory.at<uint32_t>(bt_at);
+    auto* b = memory.at<uint32_t>(b_at);
     auto* s = memory.at<float>(mine.s);
     auto* dz = memory.at<uint32_t>(mine.dz);
     auto* acc = memory.at<float>(mine.acc);
     auto* bias_sums = memory.at<float>(mine.dbias);
-    const Range units = split((V + kRowPad - 1) / kRowPad, thread, of);
-    const int64_t end = std::min(units.end * kRowPad, V);
-    for (int64_t v0 = units.begin * kRowPad; v0 < end; v0 += tile) {
-      const int64_t cols = std::min(tile, end - v0);
-      const Rows rows = rows_from(p.weight, v0);
-      kernels.pack_a(rows, cols, round_up(cols, kRowPad), H, tile, a);
-      std::fill(bias_sums, bias_sums + tile, 0.0f);
+    const Range units = split(num_units, thread, of);
+    const int64_t begin = units.begin * kRowPad, end = std::min(units.end * kRowPad, V), step = wave_tiles * tile;
+    // All threads take the same number of waves: they pack together. The first part of a split is the largest.
+    const int64_t num_waves = (split(num_units, 0, of).end * kRowPad + step - 1) / step;
+    for (int64_t wave = 0; wave < num_waves; ++wave) {
+      const int64_t wave_begin = begin + wave * step, wave_end = std::min(wave_begin + step, end);
+      for (int64_t v0 = wave_begin; v0 < wave_end; v0 += tile) {
+        const int64_t cols = std::min(tile, wave_end - v0);
+        kernels.pack_a(rows_from(p.weight, v0), cols, round_up(cols, kRowPad), H, tile,
+                       memory.at<uint32_t>(mine.a) + (v0 - wave_begin) / tile * a_size);
+      }
+      std::fill(bias_sums, bias_sums + step, 0.0f);
       for (int64_t i = 0; i < num_chunks; ++i) {
         const int64_t t0 = i * chunk, n = std::min(chunk, num_rows - t0);
-        for (int64_t c0 = 0; c0 < n; c0 += kScoreCols) {
-          const int64_t at = t0 + c0, width = std::min(kScoreCols, n - c0);
-          kernels.gemm(a, tile, memory.at<uint32_t>(bt_at) + i * bt_size + c0 * h2, s, kScoreCols, cols, width, h2,
-                       false);
-          const LogSumExp sums{reinterpret_cast<const float*>(lse) + at, reinterpret_cast<const float*>(lse_low) + at};
-          kernels.gradient_tile(s, kScoreCols, cols, width, v0, p.target + at, p.map, sums,
-                                reinterpret_cast<const float*>(row_grad) + at, dz, tile, c0, bias_sums);
+        if (num_chunks > 1 || wave == 0) {
+          barrier.wait(of);  // nobody reads the last chunk any more
+          // In pieces of kColPad rows: panels of bt, and dwords of b, which is one thread's.
+          const Range panels = split((n + kColPad - 1) / kColPad, thread, of);
+          const int64_t first = panels.begin * kColPad, last = std::min(panels.end * kColPad, n);
+          if (first < last) kernels.pack_bt(rows_from(p.hidden, t0 + first), last - first, H, bt + first * h2);
+          if (thread == of - 1) kernels.pack_b(rows_from(p.hidden, t0), n, H, b);
+          barrier.wait(of);
         }
-        kernels.gemm(dz, tile, memory.at<uint32_t>(b_at) + i * b_size, acc, ldd, cols, H, k_dwords(kernels, n), i > 0);
+        for (int64_t v0 = wave_begin; v0 < wave_end; v0 += tile) {
+          const int64_t cols = std::min(tile, wave_end - v0), local = v0 - wave_begin;
+          const auto* a = memory.at<uint32_t>(mine.a) + local / tile * a_size;
+          for (int64_t c0 = 0; c0 < n; c0 += kScoreCols) {
+            const int64_t at = t0 + c0, width = std::min(kScoreCols, n - c0);
+            kernels.gemm(a, tile, bt + c0 * h2, s, kScoreCols, cols, width, h2, false);
+            const LogSumExp sums{reinterpret_cast<const float*>(lse) + at,
+                                 reinterpret_cast<const float*>(lse_low) + at};
+            kernels.gradient_tile(s, kScoreCols, cols, width, v0, p.target + at, p.map, sums,
+                                  reinterpret_cast<const float*>(row_grad) + at, dz, tile, c0, bias_sums + local);
+          }
+          kernels.gemm(dz, tile, b, acc + local * ldd, ldd, cols, H, k_dwords(kernels, n), i > 0);
+        }
       }
-      kernels.store_rows(acc, ldd, cols, H, p.weight.type, reinterpret_cast<char*>(dweight) + v0 * H * bytes, H);
-      if (dbias != 0) std::copy(bias_sums, bias_sums + cols, reinterpret_cast<float*>(dbias) + v0);
+      if (wave_begin >= wave_end) continue;
+      kernels.store_rows(acc, ldd, wave_end - wave_begin, H, p.weight.type,
+                         reinterpret_cast<char*>(dweight) + wave_begin * H * bytes, H);
+      if (dbias != 0)
+        std::copy(bias_sums, bias_sums + (wave_end - wave_begin), reinterpret_cast<float*>(dbias) + wave_begin);
     }
   });
 }
