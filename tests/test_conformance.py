@@ -3,9 +3,13 @@
 One op: pytest tests/test_conformance.py -k router_topk. One backend: -k "router_topk and cpu".
 """
 
+import types
+
 import pytest
 import torch
 
+import trace_kernels
+from trace_kernels import losses, native
 from trace_kernels.backends import BACKENDS, BackendError, all_ops
 from trace_kernels.conformance import discover, errors, run
 
@@ -75,3 +79,28 @@ def test_every_op_has_its_backends_and_names(name):
 
 def test_every_op_is_discovered():
     assert sorted(all_ops()) == sorted(OPS)
+
+
+def test_a_mistake_that_all_backends_share_is_found(monkeypatch):
+    op = OPS["linear_cross_entropy"]
+    case = next(case for case in op.cases if not case.benchmark and case.name == "full_fp32_mean")
+    assert errors(op, case, "reference") == []
+    right = losses.Weighting.denominator
+    monkeypatch.setattr(losses.Weighting, "denominator", lambda self: 2 * right(self))  # in the public function
+    assert any("differs from eager" in line for line in errors(op, case, "reference"))
+
+
+def test_a_compiled_module_of_another_version_serves_what_it_has(monkeypatch):
+    module = types.SimpleNamespace(record_routing_cpu=None, router_topk_cpu=None)
+    monkeypatch.setattr(native, "_load", lambda: (module, ""))
+    ops = all_ops()
+    assert ops["record_routing_"].why_not("cpu", torch.zeros(2, 2, dtype=torch.int64)) is None
+    reason = next(backend for backend in ops["router_topk"] if backend.name == "cpu").unavailable()
+    assert "lacks router_topk_backward_cpu" in reason
+
+
+def test_a_refusal_names_the_op_that_was_called():
+    hidden, weight, target = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1])
+    for function in (trace_kernels.linear_log_prob, trace_kernels.linear_cross_entropy):
+        with pytest.raises(BackendError, match=f"of {function.__name__} refuses"):
+            function(hidden.double(), weight.double(), target, backend="cpu")

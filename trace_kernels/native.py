@@ -49,9 +49,15 @@ def native() -> ModuleType:
     return module
 
 
-def cpu_unavailable() -> str | None:
-    """Why no C++ kernel can run here, or None when they can."""
-    return _load()[1] or None
+def cpu_unavailable(*functions: str) -> str | None:
+    """Why the C++ kernels `functions` cannot run here, or None when they can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    lacking = [name for name in functions if not hasattr(module, name)]
+    if lacking:
+        return f"the compiled module lacks {', '.join(lacking)}, it is an older one: reinstall with 'pip install .'"
+    return None
 
 
 def cuda_unavailable() -> str | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from trace_kernels.native import cpu_unavailable, native, num_threads
+from trace_kernels import native as compiled
+from trace_kernels.native import native, num_threads
 from trace_kernels.ops.linear_cross_entropy.native import TYPES, unit_stride
 
 __all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
+
+cpu_unavailable = functools.partial(compiled.cpu_unavailable, "cross_entropy_backward_cpu", "cross_entropy_forward_cpu")
 
 
 def refuse_cpu(logits: torch.Tensor) -> str | None:

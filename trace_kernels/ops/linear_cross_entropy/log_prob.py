@@ -85,6 +85,9 @@ def linear_log_prob(
     check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
     losses.check_same_dtype("weight", weight, hidden.dtype, "hidden")
+    if backend != "auto" and not torch.compiler.is_compiling():
+        # What follows is shared with linear_cross_entropy: here a refusal names the op that was called.
+        log_prob_backends.select(backend, hidden.device, hidden, weight, bias)
     softcap = None if softcap is None else float(softcap)
     rows = hidden.reshape(target.numel(), hidden.shape[-1])
     logp = per_token(rows, weight, bias, target.reshape(-1), None, ignore_index, softcap, float(logit_scale), backend)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from trace_kernels.native import address, cpu_unavailable, native, num_threads
+from trace_kernels import native as compiled
+from trace_kernels.native import address, native, num_threads
 
 __all__ = ["backward_weight_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
+
+cpu_unavailable = functools.partial(
+    compiled.cpu_unavailable, "linear_cross_entropy_backward_weight_cpu", "linear_cross_entropy_forward_cpu"
+)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/tile_kernels.h
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from trace_kernels.native import address, cpu_unavailable, native, num_threads
+from trace_kernels import native as compiled
+from trace_kernels.native import address, native, num_threads
 from trace_kernels.ops.linear_cross_entropy.native import TYPES, unit_stride
 
 __all__ = ["backward_weight_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
+
+cpu_unavailable = functools.partial(compiled.cpu_unavailable, "linear_kl_backward_weight_cpu", "linear_kl_forward_cpu")
 
 
 def refuse_cpu(

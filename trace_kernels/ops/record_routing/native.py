@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from trace_kernels.native import address, cpu_unavailable, native, num_threads
+from trace_kernels import native as compiled
+from trace_kernels.native import address, native, num_threads
 
 __all__ = ["cpu_unavailable", "forward_cpu", "refuse_cpu"]
+
+cpu_unavailable = functools.partial(compiled.cpu_unavailable, "record_routing_cpu")
 
 
 def refuse_cpu(indices: torch.Tensor, *args: torch.Tensor | None) -> str | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from trace_kernels.native import address, cpu_unavailable, native, num_threads
+from trace_kernels import native as compiled
+from trace_kernels.native import address, native, num_threads
 from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
 
 __all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
+
+cpu_unavailable = functools.partial(compiled.cpu_unavailable, "router_topk_backward_cpu", "router_topk_cpu")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
