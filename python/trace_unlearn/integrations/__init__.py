@@ -26,6 +26,9 @@ from transformers.utils.generic import ModelOutput
 
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
+from trace_unlearn.integrations.routers import FusedRouters, fuse_routers
+
+__all__ = ["FusedLoss", "FusedRouters", "PendingLogits", "fuse_loss", "fuse_routers", "fused_loss_of"]
 
 _STATE = "_trace_fused_loss"
 
