@@ -130,8 +130,8 @@ def staged_file(path: PathLike) -> Iterator[Path]:
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot write it: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

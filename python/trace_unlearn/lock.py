@@ -17,9 +17,13 @@ def alone(folder: Path) -> Iterator[None]:
     """Keeps other processes out of `folder` while this one works in it; the system lets go when the process ends.
 
     Raises:
-        UserError: another process is at work there.
+        UserError: another process is at work there, or nothing can be written there.
     """
-    with (folder / LOCK).open("w") as lock:
+    try:
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot work there: {error.strerror or error}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

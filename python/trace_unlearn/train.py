@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 import trace_kernels
@@ -158,12 +159,18 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
         if first:
             files.write_json(work / RECORD, inputs.facts)
         trainer.train(resume_from_checkpoint=True)
+        trainer.save_unlearned(output, {**inputs.facts, "versions": _versions()})
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory: use a smaller batch_size with more accumulation (the result is the same), "
             "gradient_checkpointing, a smaller max_length, or lora_rank"
         ) from error
-    trainer.save_unlearned(output, {**inputs.facts, "versions": _versions()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(
+            f"{work} and {output}: cannot be written: {error}; the same command goes on from the last whole checkpoint"
+        ) from error
     if first:
         shutil.rmtree(work, ignore_errors=True)
     say(f"written to {output}")

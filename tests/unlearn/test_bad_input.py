@@ -5,10 +5,13 @@ import os
 
 import pytest
 import tiny
+from safetensors import SafetensorError
+from transformers import modeling_utils
 
-from trace_unlearn import cli, model
+from trace_unlearn import cli, files, model
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import read_json, refuse_existing, write_json
+from trace_unlearn.lock import LOCK
 
 TEXTS = {"forget": [f"the capital of w{i} is w{i + 1} ." for i in range(8)]}
 TEXTS["retain"] = [f"the color of w{20 + i} is w{i} ." for i in range(16)]
@@ -145,3 +148,28 @@ def test_train_refuses_the_calibration_of_other_forget_data_or_another_model(dat
 def test_report_refuses_measures_that_evaluate_did_not_write(tmp_path, capsys, metrics):
     write_json(tmp_path / "metrics.json", metrics)
     assert "metrics.json: not measures that evaluate wrote" in refused(capsys, "report", tmp_path)
+
+
+def full(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_is_one_message_and_the_run_goes_on(data, checkpoint, capsys, monkeypatch):
+    given = {"model": checkpoint("mixtral"), "forget": data / "forget.jsonl", "retain": data / "retain.jsonl"}
+    words = flags(**given, weighting="uniform", steps=2, save_steps=1, output=data / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_utils, "safe_save_file", full)
+        assert "No space left on device" in refused(capsys, "train", *words)
+    assert not (data / "model").exists()
+    assert cli.main(["train", *words]) == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        message = refused(capsys, "profile", *flags(**given, output=data / "profile"))
+    assert "No space left on device" in message
+    assert not list(data.glob("*profile*"))
+
+
+def test_a_run_folder_that_cannot_be_written_to(data, checkpoint, no_model, capsys):
+    (data / "run" / LOCK).mkdir(parents=True)
+    assert "run: cannot work there" in refused(capsys, "run", configuration(data, checkpoint, ""))
