@@ -54,7 +54,7 @@ def fuse_routers(model: nn.Module) -> FusedRouters:
     fused: list[tuple[nn.Module, type]] = []
     for layer in moe_layers(model):
         parent = model.get_submodule(plain_path(layer.name).rpartition(".")[0])
-        router, rule = _router_of(parent, layer.name)
+        router, rule = _router_of([*parent.children(), *layer.experts_module.children()], layer.name)
         if all(router is not other for other, _ in fused):
             fused.append((router, _fused_class(router, rule, layer.name)))
     for router, cls in fused:
@@ -251,9 +251,9 @@ _REFUSED = {
 }
 
 
-def _router_of(parent: nn.Module, layer: str) -> tuple[nn.Module, _Rule]:
+def _router_of(candidates: list[nn.Module], layer: str) -> tuple[nn.Module, _Rule]:
     reason = "it has no router module that is known"
-    for child in parent.children():
+    for child in candidates:
         kind = type(child).__name__
         if _MARK in type(child).__dict__:
             raise UserError(f"fuse_routers: the router of {layer} is fused already")
