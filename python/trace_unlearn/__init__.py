@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trace_unlearn.calibrate import calibrate, select_experts
+    from trace_unlearn.config import TraceConfig
     from trace_unlearn.errors import UserError
     from trace_unlearn.profile import profile_routing
     from trace_unlearn.routing import RoutingRecorder
-    from trace_unlearn.trainer import TraceConfig, TraceTrainer
+    from trace_unlearn.trainer import TraceTrainer
 
 _HOME = {
     "RoutingRecorder": "routing",
-    "TraceConfig": "trainer",
+    "TraceConfig": "config",
     "TraceTrainer": "trainer",
     "UserError": "errors",
     "calibrate": "calibrate",

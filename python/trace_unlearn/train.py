@@ -23,11 +23,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 import trace_kernels
 from trace_unlearn import files
 from trace_unlearn.checkpoints import last_complete
+from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.model import check_inputs, load_model, load_tokenizer
 from trace_unlearn.trainable import LoraOptions, add_lora, check_patterns, train_only
-from trace_unlearn.trainer import TraceConfig, TraceTrainer
+from trace_unlearn.trainer import TraceTrainer
 from trace_unlearn.weights import Calibration, attach_weights
 
 logger = logging.getLogger(__name__)

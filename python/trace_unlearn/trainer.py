@@ -17,53 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import TrainOutput
 
 from trace_unlearn import checkpoints
+from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import loss_bearing
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import PathLike, staged_folder, write_json
-from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.forward import Forward, ReferenceRows, Seen
 from trace_unlearn.live import LiveWeights
 from trace_unlearn.log_window import LogWindow
-from trace_unlearn.objectives import OBJECTIVES, ForgetBatch, weighted_nll
+from trace_unlearn.objectives import distance, weighted_mean, weighted_nll
+from trace_unlearn.original import Original
 from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
-from trace_unlearn.reference import Reference
 from trace_unlearn.weights import Calibration, attach_weights
-
-WEIGHTINGS = ("reference", "live", "uniform")
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceConfig:
-    """The knobs of the method: loss = gamma * forget loss + alpha * weighted retain loss.
-
-    Attributes:
-        objective: "grad_diff" (ascent on the forget tokens) or "npo".
-        gamma: weight of the forget loss.
-        alpha: weight of the retain loss.
-        beta: of NPO; smaller is closer to plain ascent.
-        weighting: "reference": each retain token has the weight that the original model's routing gave it, stored in
-            the dataset; "live": the routing of this very forward decides; "uniform": all tokens weigh the same.
-        retain_per_forget: retain documents a forget document.
-    """
-
-    objective: str = "grad_diff"
-    gamma: float = 1.0
-    alpha: float = 1.0
-    beta: float = 0.1
-    weighting: str = "reference"
-    retain_per_forget: int = 1
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"objective: got {self.objective!r}, allowed: {', '.join(OBJECTIVES)}")
-        if self.weighting not in WEIGHTINGS:
-            raise UserError(f"weighting: got {self.weighting!r}, allowed: {', '.join(WEIGHTINGS)}")
-        for name in ("gamma", "alpha"):
-            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
-                raise UserError(f"{name}: got {value}, allowed are finite numbers from 0")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise UserError(f"beta: got {self.beta}, allowed are finite numbers above 0")
-        if self.retain_per_forget < 1:
-            raise UserError(f"retain_per_forget: got {self.retain_per_forget}, allowed are integers from 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +38,11 @@ class StepTotals:
     forget_documents: torch.Tensor
     retain_tokens: torch.Tensor
     retain_weight: torch.Tensor
+
+    def share(self, bearing: torch.Tensor, is_forget: torch.Tensor, is_retain: torch.Tensor) -> torch.Tensor:
+        """How much of the step a micro-batch is: its share of the counted tokens. All of them add up to 1."""
+        tokens = bearing[is_forget].sum() + bearing[is_retain].sum()
+        return tokens / (self.forget_tokens + self.retain_tokens).clamp(min=1)
 
 
 class TraceTrainer(Trainer):
@@ -100,7 +69,8 @@ class TraceTrainer(Trainer):
         args: TrainingArguments.
         config: TraceConfig.
         forget, retain: tokenised datasets, see `data.load_tokens`. A column token_weight of retain is used with
-            weighting="reference" when no `calibration` is given.
+            weighting="reference" when no `calibration` is given. What the objective does not use may be None.
+        alternate: for "dpo": for each forget document the one to prefer, in the same order.
         calibration: the Calibration of this retain set; needed for weighting="live".
         processing_class: the tokenizer; saved with the checkpoints.
         callbacks, optimizers: as in Trainer.
@@ -132,8 +102,9 @@ class TraceTrainer(Trainer):
         args: TrainingArguments,
         *,
         config: TraceConfig | None = None,
-        forget: datasets.Dataset,
-        retain: datasets.Dataset,
+        forget: datasets.Dataset | None = None,
+        retain: datasets.Dataset | None = None,
+        alternate: datasets.Dataset | None = None,
         calibration: Calibration | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -143,11 +114,14 @@ class TraceTrainer(Trainer):
         self._run_folder = Path(str(args.output_dir))
         self.trace_config = config = config or TraceConfig()
         self.calibration = calibration
-        retain = _weighted(retain, config, calibration)
-        self._fused = fused_loss_of(model) or fuse_loss(model)
-        self._live = LiveWeights(model, calibration) if config.weighting == "live" and calibration else None
+        forget, retain, alternate = _used(config, forget=forget, retain=retain, alternate=alternate)
+        if retain is not None:
+            retain = _weighted(retain, config, calibration)
+        self._forward = Forward(model, config)
+        self._forward.freeze_unused()
+        weighed_live = config.routes_weigh and config.weighting == "live"
+        self._live = LiveWeights(model, calibration) if weighed_live and calibration else None
         self._use_cache = getattr(model.config, "use_cache", True)  # which Trainer turns off
-        self._takes_router_logits = hasattr(model.config, "output_router_logits")
         args.remove_unused_columns = False  # a row is a forget document with its retain documents
         args.logging_nan_inf_filter = False  # a diverged run must not look like a flat one
         if args.n_gpu > 1:
@@ -155,15 +129,14 @@ class TraceTrainer(Trainer):
         self.pairs = PairDataset(
             forget,
             retain,
+            alternate=alternate,
             retain_per_forget=config.retain_per_forget,
             step_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         self._sampler = PositionSampler(self.pairs)
         collator = PairCollator(_pad_token_id(processing_class, model))
-        self._reference = None
-        if OBJECTIVES[config.objective].needs_reference:
-            self._reference = Reference(forget, collator.pad_token_id, self._run_folder)
+        self._original = Original(model, config, self._forward, forget, retain, alternate, collator.pad_token_id, args)
         super().__init__(
             model,
             args,
@@ -192,14 +165,13 @@ class TraceTrainer(Trainer):
             with self.args.main_process_first(desc="looking for checkpoints"):
                 found = checkpoints.last_complete(self._run_folder, remove_partial=self.args.should_save)
             resume_from_checkpoint = None if found is None else str(found)
-        with self._live or contextlib.nullcontext():
+        nothing = contextlib.nullcontext()
+        with self._live or nothing, self._forward.routers or nothing:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def begin_training(self) -> None:
         """Called when the model is wrapped and a checkpoint, if any, is loaded."""
-        if self._reference is not None:
-            resumed = self.state.global_step > 0
-            self._reference.prepare(self.accelerator, self._log_probs, self.model_wrapped, resumed, self.args)
+        self._original.prepare(self.accelerator, self.model_wrapped, resumed=self.state.global_step > 0)
 
     def begin_epoch(self) -> None:
         self._sampler.set_epoch(int(self.state.epoch or 0))
@@ -214,9 +186,8 @@ class TraceTrainer(Trainer):
         totals = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in batches:
             bearing = loss_bearing(batch["labels"], batch["attention_mask"]).to(device)
-            is_forget = batch["forget_index"].to(device) >= 0
-            forget, retain = bearing[is_forget], bearing[~is_forget]
-            weight = _stored_weight(batch, bearing)[~is_forget].double()
+            forget, retain = (bearing[batch[f"{name}_index"].to(device) >= 0] for name in ("forget", "retain"))
+            weight = _stored_weight(batch, bearing)[batch["retain_index"].to(device) >= 0].double()
             totals += torch.stack([forget.sum(), forget.any(-1).sum(), retain.sum(), weight.sum()])
         totals = self.accelerator.reduce(totals, "sum")
         return batches, StepTotals(*totals.float().unbind())
@@ -229,47 +200,55 @@ class TraceTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         if not isinstance(num_items_in_batch, StepTotals):  # evaluation, on plain documents
-            outputs = model(**inputs, **self._router())
+            outputs = model(**inputs, **self._forward.router_options())
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         config, totals = self.trace_config, num_items_in_batch
         bearing = loss_bearing(inputs["labels"], inputs["attention_mask"])
-        log_probs = self._log_probs(model, inputs)
-        is_forget = inputs["forget_index"] >= 0
-        forget = ForgetBatch(
-            log_probs=log_probs[is_forget],
-            mask=bearing[is_forget],
-            reference=None if self._reference is None else self._reference.of(inputs["forget_index"][is_forget]),
-            num_tokens=totals.forget_tokens,
-            num_documents=totals.forget_documents,
-        )
-        weight = self._retain_weight(inputs, bearing)[~is_forget]
-        # Live weights have mean 1 over the original model's retain tokens; their sum over the step is not known yet.
-        normalizer = totals.retain_tokens if config.weighting == "live" else totals.retain_weight
-        retain = log_probs[~is_forget]
-        forget_loss = OBJECTIVES[config.objective].forget_loss(forget, config.beta)
-        retain_loss = weighted_nll(retain, weight, normalizer)
-        self._log_window.add(
-            forget, forget_loss, retain, retain_loss, weight, bearing[~is_forget], totals.retain_tokens
-        )
+        is_forget, is_retain = inputs["forget_index"] >= 0, inputs["retain_index"] >= 0
+        reference = self._original.rows(model, inputs, bearing)
+        divergence_only = config.method.uses_retain and config.retain_loss == "kl"
+        seen = self._forward.seen(model, inputs, is_retain & divergence_only, reference)
+        loss, share = torch.zeros((), device=bearing.device), totals.share(bearing, is_forget, is_retain)
+        values: dict[str, torch.Tensor] = {}
+        if config.method.forget_loss is not None:
+            forget = self._original.forget_batch(seen, inputs, bearing, totals.forget_tokens, totals.forget_documents)
+            values["forget_loss"] = config.method.forget_loss(forget, config)
+            loss = loss + config.gamma * values["forget_loss"]
+            if seen.log_probs is not None:
+                values["forget_nll"] = weighted_nll(forget.log_probs, forget.mask.float(), totals.forget_tokens)
+            if seen.anchor is not None:
+                anchors = seen.anchor[is_forget]
+                values["anchor_loss"] = weighted_mean(anchors, forget.mask.float(), totals.forget_tokens)
+                loss = loss + config.anchor * values["anchor_loss"]
+        if config.method.uses_retain:
+            mask, weight = bearing[is_retain], self._retain_weight(inputs, bearing)[is_retain]
+            # Live weights have mean 1 over the original model's retain tokens; their sum over the step is not known.
+            normalizer = totals.retain_weight if self._live is None else totals.retain_tokens
+            values["retain_loss"] = weighted_mean(
+                self._retain_losses(seen, reference, is_retain, mask), weight, normalizer
+            )
+            loss = loss + config.alpha * values["retain_loss"]
+            if seen.log_probs is not None:
+                values["retain_nll"] = weighted_nll(seen.log_probs[is_retain], mask.float(), totals.retain_tokens)
+            self._log_window.add_weights(weight, mask.sum())
+        self._log_window.add(values, share)
         # Gradients are averaged over the processes, while the shares of the loss are to be added up.
-        loss = (config.gamma * forget_loss + config.alpha * retain_loss) * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
-    def _log_probs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[B, S] float32, from one forward of the wrapped model."""
-        with self._fused.log_probs():
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=inputs["labels"],
-                use_cache=False,
-                **self._router(),
-            )
-        log_probs: torch.Tensor = outputs.loss
-        return log_probs
-
-    def _router(self) -> dict[str, bool]:
-        return {"output_router_logits": False} if self._takes_router_logits else {}
+    def _retain_losses(
+        self, seen: Seen, reference: ReferenceRows | None, is_retain: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """[R, S] float32: a loss a retain token, before it is weighted."""
+        if seen.hidden is not None:
+            assert reference is not None
+            found = distance(seen.hidden[is_retain][mask], reference.hidden.to(seen.hidden.device))
+            return torch.zeros_like(mask, dtype=found.dtype).masked_scatter(mask, found)
+        assert seen.log_probs is not None
+        if self.trace_config.retain_loss == "nll":
+            return -seen.log_probs[is_retain]
+        assert seen.divergence is not None
+        return seen.divergence[is_retain]
 
     def _retain_weight(self, inputs: dict[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:
         """[B, S] float32, 0 where no loss is borne; rows of forget documents do not matter."""
@@ -377,10 +356,24 @@ def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> 
     return bearing.float() if weight is None else weight.to(bearing.device).where(bearing, 0.0)
 
 
+def _used(config: TraceConfig, **sets: datasets.Dataset | None) -> list[datasets.Dataset | None]:
+    """The sets that the objective uses; the others are None whatever was given."""
+    method = config.method
+    needed = {
+        "forget": method.forget_loss is not None,
+        "retain": method.uses_retain,
+        "alternate": method.needs_alternate,
+    }
+    for name, given in sets.items():
+        if needed[name] and given is None:
+            raise UserError(f"{name}: got none, but objective {config.objective!r} needs it")
+    return [given if needed[name] else None for name, given in sets.items()]
+
+
 def _weighted(retain: datasets.Dataset, config: TraceConfig, calibration: Calibration | None) -> datasets.Dataset:
-    if config.weighting == "live" and calibration is None:
+    if config.routes_weigh and config.weighting == "live" and calibration is None:
         raise UserError("calibration: weighting 'live' needs one")
-    if config.weighting != "reference":
+    if not config.routes_weigh or config.weighting != "reference":
         return retain.remove_columns("token_weight") if "token_weight" in retain.column_names else retain
     if calibration is not None:
         return attach_weights(retain, calibration)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trace_unlearn.config import TraceConfig
 from trace_unlearn.objectives import OBJECTIVES, ForgetBatch, grad_diff, npo, weighted_nll
 
 
@@ -14,7 +16,29 @@ def forget_batch(rows=6, columns=5, seed=0):
     mask = torch.rand(rows, columns, generator=generator) < 0.7
     mask[1] = False  # a document without a loss-bearing token
     reference = (-torch.rand(rows, generator=generator) * 8) * mask.any(-1)
-    return ForgetBatch(log_probs, mask, reference, mask.sum(), mask.any(-1).sum())
+    return ForgetBatch(
+        log_probs,
+        mask,
+        reference,
+        mask.sum(),
+        mask.any(-1).sum(),
+        alternate=-torch.rand(rows, generator=generator) * 8,
+        alternate_reference=-torch.rand(rows, generator=generator) * 8,
+        divergence=torch.rand(rows, columns, generator=generator),
+        reference_log_probs=-torch.rand(rows, columns, generator=generator) * 4,
+        hidden=torch.randn(rows, columns, 3, generator=generator),
+        steering=torch.ones(3),
+    )
+
+
+def rows_of(batch, rows):
+    whole = ("num_tokens", "num_documents", "steering")
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return ForgetBatch(**{name: value if name in whole else value[rows] for name, value in fields.items()})
+
+
+FORGETTING = [name for name, objective in OBJECTIVES.items() if objective.forget_loss is not None]
+ON_LOG_PROBS = [name for name in FORGETTING if not OBJECTIVES[name].on_hidden_states]
 
 
 def test_grad_diff_is_minus_the_mean_nll():
@@ -35,11 +59,11 @@ def test_npo_is_its_formula():
     assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ON_LOG_PROBS)
 def test_descent_lowers_forget_log_probs(objective):
     batch = forget_batch()
     log_probs = batch.log_probs.requires_grad_()
-    OBJECTIVES[objective].forget_loss(batch, 0.1).backward()
+    OBJECTIVES[objective].forget_loss(batch, TraceConfig(objective=objective)).backward()
     assert (log_probs.grad[batch.mask] > 0).all()
     assert (log_probs.grad[~batch.mask] == 0).all()
 
@@ -58,23 +82,21 @@ def test_retain_loss_is_the_weighted_mean():
 
 
 @given(cut=st.integers(0, 6), seed=st.integers(0, 20))
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", FORGETTING)
 def test_shares_of_micro_batches_add_up(objective, cut, seed):
     batch = forget_batch(seed=seed)
-    parts = [
-        ForgetBatch(batch.log_probs[s], batch.mask[s], batch.reference[s], batch.num_tokens, batch.num_documents)
-        for s in (slice(0, cut), slice(cut, None))
-    ]
-    loss = OBJECTIVES[objective].forget_loss
-    torch.testing.assert_close(sum(loss(part, 0.2) for part in parts), loss(batch, 0.2))
+    parts = [rows_of(batch, rows) for rows in (slice(0, cut), slice(cut, None))]
+    loss, config = OBJECTIVES[objective].forget_loss, TraceConfig(objective=objective)
+    torch.testing.assert_close(sum(loss(part, config) for part in parts), loss(batch, config))
 
 
-def test_nothing_to_count_is_zero_without_nan():
-    log_probs, mask = torch.full((2, 3), -float("inf")).requires_grad_(), torch.zeros(2, 3, dtype=torch.bool)
+@pytest.mark.parametrize("objective", ON_LOG_PROBS)
+def test_nothing_to_count_is_zero_without_nan(objective):
+    log_probs, mask = torch.full((6, 5), -float("inf")).requires_grad_(), torch.zeros(6, 5, dtype=torch.bool)
     zero = torch.tensor(0)
+    batch = dataclasses.replace(forget_batch(), log_probs=log_probs, mask=mask, num_tokens=zero, num_documents=zero)
     for loss in (
-        grad_diff(log_probs, mask, zero),
-        npo(log_probs, mask, torch.zeros(2), zero, 0.1),
+        OBJECTIVES[objective].forget_loss(batch, TraceConfig(objective=objective)),
         weighted_nll(log_probs, mask.float(), torch.tensor(0.0)),
     ):
         assert loss.item() == 0

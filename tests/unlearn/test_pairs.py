@@ -51,7 +51,33 @@ def test_a_batch_is_forget_then_retain():
     assert batch["input_ids"][:, 0].tolist() == order
     assert batch["token_weight"][:2].eq(0).all()
     assert batch["token_weight"][2:, :2].eq(0.5).all()
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "token_weight", "forget_index"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "token_weight", "forget_index", "retain_index"}
+    indices = [i for p in (0, 1) for i in dataset.retain_indices(p)]
+    assert batch["retain_index"].tolist() == [-1, -1, *indices]
+
+
+def test_alternates_follow_their_forget_documents():
+    other = documents(5).map(lambda row: {"input_ids": [row["input_ids"][0] + 20, 1], "labels": [-100, 1]})
+    dataset = PairDataset(documents(5), documents(7, weights=True), alternate=other)
+    batch = PairCollator(pad_token_id=9)([dataset[0], dataset[3]])
+    forget = [dataset.forget_index(0), dataset.forget_index(3)]
+    assert batch["input_ids"][:4, 0].tolist() == [*forget, *(i + 20 for i in forget)]
+    assert batch["forget_index"].tolist() == [*forget, -1, -1, -1, -1]
+    assert (batch["retain_index"] >= 0).tolist() == [False] * 4 + [True] * 2
+    with pytest.raises(UserError, match="alternate: got 4 documents, allowed is one for each of the 5"):
+        PairDataset(documents(5), documents(7), alternate=documents(4))
+
+
+def test_one_set_alone():
+    retain = PairDataset(None, documents(7), retain_per_forget=2, step_size=3)
+    assert len(retain) == 6
+    batch = PairCollator(pad_token_id=9)([retain[0], retain[1]])
+    assert batch["forget_index"].tolist() == [-1] * 4
+    assert sorted(i for p in range(7) for i in retain.retain_indices(p)) == sorted([*range(7)] * 2)
+    forget = PairDataset(documents(5), None)
+    batch = PairCollator(pad_token_id=9)([forget[0], forget[1]])
+    assert batch["retain_index"].tolist() == [-1, -1]
+    assert (batch["forget_index"] >= 0).all()
 
 
 def test_empty_sets_are_refused():

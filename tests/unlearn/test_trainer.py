@@ -1,70 +1,13 @@
-import datasets
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from runs import V, assert_same_run, documents, history, parameters, trainer
+from transformers import AutoModelForCausalLM
 
 from trace_unlearn import checkpoints
+from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
 from trace_unlearn.trainable import LoraOptions, add_lora, train_only
-from trace_unlearn.trainer import TraceConfig, TraceTrainer
-
-V = 60
-
-
-def documents(count, seed, weighted=False):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        length = 6 + (5 * i + seed) % 7
-        ids = torch.randint(3, V, (length,), generator=generator).tolist()
-        masked = i % 3
-        row = {"input_ids": ids, "labels": [-100] * masked + ids[masked:], "prompt": "", "answer": ""}
-        if weighted:
-            bearing = [float(label != -100) for label in row["labels"][1:]] + [0.0]
-            row["token_weight"] = [w * 0.25 * (1 + (i + t) % 9) for t, w in enumerate(bearing)]
-        rows.append(row)
-    return datasets.Dataset.from_list(rows)
-
-
-def trainer(folder, model=None, config=None, forget=None, retain=None, calibration=None, **arguments):
-    options = {
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "optim": "sgd",
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        **arguments,
-    }
-    return TraceTrainer(
-        model or tiny.model("qwen3_moe", V),
-        TrainingArguments(str(folder), **options),
-        config=config or TraceConfig(retain_per_forget=2),
-        forget=forget or documents(10, 1),
-        retain=retain or documents(14, 2, weighted=True),
-        calibration=calibration,
-    )
-
-
-def history(trained, *names):
-    names = names or ("loss", "forget_loss", "forget_nll", "retain_loss", "retain_nll", "weight_mean", "weight_ess")
-    return torch.tensor([[entry[name] for name in names] for entry in trained.state.log_history if "loss" in entry])
-
-
-def parameters(trained):
-    return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
-
-
-def assert_same_run(first, second, rtol=2e-5, atol=2e-6):
-    torch.testing.assert_close(history(second), history(first), rtol=rtol, atol=atol)
-    expected = parameters(first)
-    for name, found in parameters(second).items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_first_loss_is_its_formula(tmp_path):
@@ -314,7 +257,7 @@ def test_a_diverged_run_stops(tmp_path):
 
 def test_refusals(tmp_path):
     for options, message in (
-        ({"objective": "dpo"}, "objective: got 'dpo', allowed: grad_diff, npo"),
+        ({"objective": "ppo"}, "objective: got 'ppo', allowed: grad_diff, npo"),
         ({"weighting": "off"}, "weighting: got 'off', allowed: reference, live, uniform"),
         ({"gamma": -1.0}, "gamma: got -1.0"),
         ({"alpha": float("nan")}, "alpha: got nan"),

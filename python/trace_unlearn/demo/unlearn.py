@@ -79,9 +79,10 @@ def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, p
     from transformers import PrinterCallback, TrainingArguments
 
     from trace_unlearn.calibrate import Calibration
+    from trace_unlearn.config import TraceConfig
     from trace_unlearn.data import load_tokens
     from trace_unlearn.model import load_model, load_tokenizer
-    from trace_unlearn.trainer import TraceConfig, TraceTrainer
+    from trace_unlearn.trainer import TraceTrainer
 
     output = folder / objective / arm
     if output.is_dir():

@@ -102,24 +102,41 @@ class FusedLoss:
             _point_hooks_to_the_class(module)
 
     @contextlib.contextmanager
-    def log_probs(self) -> Iterator[None]:
-        """Inside, a forward with labels [B, S] returns as `.loss` the log-probabilities [B, S], float32.
+    def per_token(self, function: Callable[..., Any]) -> Iterator[None]:
+        """Inside, a forward with labels returns as `.loss` what `function` returns.
 
-        Position t holds log p(labels[t + 1] | tokens up to t), or 0 where that label is ignored and at the last
-        position. The model is called as always, so that wrappers such as DDP and FSDP take part. A router's
-        auxiliary loss must be off: it would be added to every position.
+        It is called as `function(hidden, weight, target, bias=, ignore_index=, softcap=, logit_scale=)`: hidden
+        [B, S, H] is what the output embedding received, target [B, S] the next tokens, and the rest is what
+        `trace_kernels.linear_log_prob` takes. The model is called as always, so that wrappers such as DDP and FSDP take
+        part; what it returns is a tensor or a tuple of tensors. A router's auxiliary loss must be off: it would be
+        added to every position.
         """
-        before, self._state.per_token = self._state.per_token, True
+        before, self._state.per_token = self._state.per_token, function
         try:
             yield
         finally:
             self._state.per_token = before
 
+    @contextlib.contextmanager
+    def log_probs(self) -> Iterator[None]:
+        """Inside, a forward with labels [B, S] returns as `.loss` the log-probabilities [B, S], float32.
+
+        Position t holds log p(labels[t + 1] | tokens up to t), or 0 where that label is ignored and at the last
+        position. See `per_token`.
+        """
+        with self.per_token(_log_prob):
+            yield
+
+
+def _log_prob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+    # Cloned, since FSDP warns of a module that returns a view.
+    return tk.linear_log_prob(hidden, weight, target, **options).clone()
+
 
 @dataclasses.dataclass
 class _State:
     deferring: bool = False  # a forward with labels is running
-    per_token: bool = False
+    per_token: Callable[..., Any] | None = None  # what a forward with labels computes in place of the loss
 
 
 class _Fused:
@@ -144,13 +161,13 @@ class PendingLogits:
         shift_labels: torch.Tensor | None,
         ignore_index: int,
         num_items_in_batch: torch.Tensor | float | None,
-        per_token: bool,
+        per_token: Callable[..., Any] | None,
     ) -> torch.Tensor:
         if shift_labels is None:
             assert labels is not None
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         hidden = self.hidden
-        if not per_token:  # as ForCausalLMLoss does: both may come in any shape of the same number of positions
+        if per_token is None:  # as ForCausalLMLoss does: both may come in any shape of the same number of positions
             hidden, shift_labels = hidden.flatten(0, -2), shift_labels.flatten()
         target = shift_labels.to(hidden.device)
         options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": self.gain}
@@ -159,9 +176,8 @@ class PendingLogits:
         def compute(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(weight.dtype)  # from a model that casts its logits, and so these, to float32
-            if per_token:
-                # Cloned, since FSDP warns of a module that returns a view.
-                return tk.linear_log_prob(hidden, weight, target, bias=bias, **options).clone()
+            if per_token is not None:
+                return per_token(hidden, weight, target, bias=bias, **options)  # type: ignore[no-any-return]
             return tk.linear_cross_entropy(hidden, weight, target, bias=bias, normalizer=num_items_in_batch, **options)
 
         # Through the module's call: hooks on it (FSDP, offloading) make the weight available only during that.
