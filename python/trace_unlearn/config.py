@@ -87,6 +87,15 @@ class TraceConfig:
         return OBJECTIVES[self.objective]
 
     @property
+    def needs(self) -> dict[str, bool]:
+        """Which sets the objective uses."""
+        return {
+            "forget": self.method.forget_loss is not None,
+            "retain": self.method.uses_retain,
+            "alternate": self.method.needs_alternate,
+        }
+
+    @property
     def routes_weigh(self) -> bool:
         """Whether retain tokens are weighed by routing."""
         return self.weighting != "uniform" and self.method.uses_retain and self.method.forget_loss is not None

@@ -57,11 +57,8 @@ class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
         for name, dataset in (("forget", forget), ("retain", retain)):
             if dataset is not None and len(dataset) == 0:
                 raise UserError(f"{name}: got no document, allowed is at least one")
-        if alternate is not None and (forget is None or len(alternate) != len(forget)):
-            raise UserError(
-                f"alternate: got {len(alternate)} documents, allowed is one for each of the "
-                f"{0 if forget is None else len(forget)} forget documents, in their order"
-            )
+        if alternate is not None and forget is not None:
+            check_alternates(forget, alternate)
         self.retain_per_forget, self.seed = retain_per_forget, seed
         self._forget, self._retain, self._alternate = (
             dataset and dataset.select_columns([column for column in dataset.column_names if column in _COLUMNS])
@@ -106,6 +103,19 @@ class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 def _rows(documents: datasets.Dataset | None, indices: Sequence[int]) -> list[dict[str, Any]]:
     return [] if documents is None else [documents[i] for i in indices]
+
+
+def check_alternates(forget: datasets.Dataset, alternate: datasets.Dataset) -> None:
+    """UserError unless there is one alternate for each forget document, with the same prompt."""
+    if len(alternate) != len(forget):
+        raise UserError(
+            f"alternate: got {len(alternate)} documents, allowed is one for each of the {len(forget)} forget "
+            "documents, in their order"
+        )
+    if "prompt" in forget.column_names and "prompt" in alternate.column_names:
+        for number, (prompt, other) in enumerate(zip(forget["prompt"], alternate["prompt"], strict=True)):
+            if prompt != other:
+                raise UserError(f"alternate: document {number} has the prompt {other!r}, but the forget one {prompt!r}")
 
 
 class PositionSampler(torch.utils.data.Sampler[int]):

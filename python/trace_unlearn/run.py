@@ -35,7 +35,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateOptions,
 }
 # What the run itself gives to the verbs, beside its fields of the same names.
-GIVEN = {"calibrate": {"profile"}, "train": {"calibration"}, "evaluate": {"models", "base"}}
+GIVEN = {"calibrate": {"profile"}, "train": {"calibration", "profile"}, "evaluate": {"models", "base"}}
 PRODUCTS = {
     "profile": "profile",
     "calibrate": "calibration",
@@ -234,7 +234,11 @@ def _steps(options: RunOptions) -> list[Step]:
     given: dict[str, dict[str, Any]] = {
         "profile": {"output": str(output / "profile")},
         "calibrate": {"profile": str(output / "profile"), "output": str(output / "calibration")},
-        "train": {"calibration": None if uniform else str(output / "calibration"), "output": str(output / "model")},
+        "train": {
+            "calibration": None if uniform else str(output / "calibration"),
+            "profile": None if uniform else str(output / "profile"),
+            "output": str(output / "model"),
+        },
         "evaluate": {"models": [options.model, str(output / "model")], "base": options.model, "output": str(output)},
     }
     inputs = {

@@ -26,7 +26,9 @@ from trace_unlearn.checkpoints import last_complete
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
+from trace_unlearn.expert_masks import check_words, chosen_experts, train_experts
 from trace_unlearn.model import check_inputs, load_model, load_tokenizer
+from trace_unlearn.pairs import check_alternates
 from trace_unlearn.trainable import LoraOptions, add_lora, check_patterns, train_only
 from trace_unlearn.trainer import TraceTrainer
 from trace_unlearn.weights import Calibration, attach_weights
@@ -49,14 +51,25 @@ class TrainOptions:
     Args:
         model: a checkpoint folder or hub name of a Mixture-of-Experts language model (any causal language model with
             weighting "uniform").
-        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name "owner/name[:config]".
-        retain: the data whose behaviour must stay.
+        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name "owner/name[:config]"; not
+            read by objective "finetune".
+        retain: the data whose behaviour must stay, or with objective "finetune" the data to learn; not read by
+            "grad_ascent".
+        alternate: for objective "dpo": data like forget, record by record, with the answers to prefer (refusals, to
+            make it IdkDPO).
         output: the checkpoint folder to write; must not exist. Until then the run works in OUTPUT.training.
         calibration: the folder that `calibrate` wrote; not needed with weighting "uniform".
-        objective: "grad_diff" (gradient difference) or "npo" (negative preference optimisation).
+        objective: "grad_diff", "npo", "simnpo", "grad_ascent", "wga", "satimp", "ce_u", "dpo", "undial" or "rmu"; or
+            "finetune", to learn retain instead (targets and retrained references). See docs/objectives.md.
         gamma: weight of the forget loss.
         alpha: weight of the retain loss.
-        beta: of npo; smaller is closer to plain gradient ascent.
+        beta: the objective's own strength; by default as published.
+        beta2: of satimp: the power of 1 - p.
+        delta: of simnpo: the margin in nats a token.
+        layer: of rmu: the decoder layer that is steered; by default a quarter of the way up.
+        steering: of rmu: the length of the steering vector; set it to some multiple of the layer's hidden states.
+        retain_loss: "nll" or "kl" (stay near the original model's distributions; its hidden states of the retain set
+            are written to OUTPUT.training, except with lora_rank).
         weighting: "reference" (weights from the original model's routing), "live" (from the routing of each forward)
             or "uniform" (no TRACE).
         retain_per_forget: retain documents a forget document.
@@ -72,6 +85,10 @@ class TrainOptions:
         accumulation: forwards an optimisation step.
         max_grad_norm: where gradients are clipped; 0 for never.
         weight_decay: of AdamW.
+        experts: train only these experts and their routers: LAYER.EXPERT (decoder layer), "selected" (all that the
+            calibration selected) or "topM" (the M that the forget set activates most, as SEUF does with M = 1).
+        anchor: weight of the SEUF anchor loss that keeps forget tokens on these experts; 1 as published, 0 for none.
+        profile: the folder that `profile` wrote; needed for experts "topM".
         trainable: regular expressions; only parameters in whose name one is found are trained. All by default.
         lora_rank: train adapters of this rank instead of the model's own weights; 0 for none. Merged at the end.
         lora_alpha: the adapters' scale is lora_alpha / lora_rank.
@@ -89,14 +106,20 @@ class TrainOptions:
     """
 
     model: str
-    forget: str
-    retain: str
+    forget: str | None = None
+    retain: str | None = None
     output: str = "model"
+    alternate: str | None = None
     calibration: str | None = None
     objective: str = "grad_diff"
     gamma: float = 1.0
     alpha: float = 1.0
-    beta: float = 0.1
+    beta: float | None = None
+    beta2: float = 1.0
+    delta: float = 0.0
+    layer: int | None = None
+    steering: float = 2.0
+    retain_loss: str = "nll"
     weighting: str = "reference"
     retain_per_forget: int = 1
     max_length: int = 512
@@ -111,6 +134,9 @@ class TrainOptions:
     accumulation: int = 1
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    experts: list[str] = dataclasses.field(default_factory=list)
+    anchor: float = 0.0
+    profile: str | None = None
     trainable: list[str] = dataclasses.field(default_factory=list)
     lora_rank: int = 0
     lora_alpha: float = 16.0
@@ -133,8 +159,7 @@ class _Inputs:
 
     config: TraceConfig
     tokenizer: PreTrainedTokenizerBase
-    forget: datasets.Dataset
-    retain: datasets.Dataset
+    sets: dict[str, datasets.Dataset]  # forget, retain, alternate: those that the objective uses
     calibration: Calibration | None
     facts: dict[str, Any]  # what the run depends on
 
@@ -145,12 +170,15 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
     if not first:
         say = _silent
     config = check(options)
+    experts = chosen_experts(options.experts, options.calibration, options.profile)
+    config = dataclasses.replace(config, anchor_experts=experts)
     output, work = Path(options.output), Path(f"{options.output}.training")
     files.refuse_existing(output)
-    say(
-        f"train: {options.model} forgets {options.forget} and keeps {options.retain} -> {output} ({config.objective}, "
-        f"{config.weighting} weights)"
-    )
+    does = [f"forgets {options.forget}"] if config.method.forget_loss is not None else []
+    if config.method.uses_retain:
+        does.append(f"{'keeps' if does else 'learns'} {options.retain}")
+    weights = config.weighting if config.routes_weigh else "uniform"
+    say(f"train: {options.model} {' and '.join(does)} -> {output} ({config.objective}, {weights} weights)")
     inputs = _read(options, config)
     arguments = _arguments(options, work)
     if first:
@@ -182,10 +210,15 @@ def _silent(message: str) -> None:
 
 
 def check(options: TrainOptions) -> TraceConfig:
-    """The method's knobs; UserError for what can be told from the options alone."""
-    names = [field.name for field in dataclasses.fields(TraceConfig)]
-    config = TraceConfig(**{name: getattr(options, name) for name in names})
-    if config.weighting != "uniform" and options.calibration is None:
+    """The method's knobs; UserError for what can be told from the options alone. Which experts is not known yet."""
+    check_words(options.experts, options.calibration, options.profile)
+    names = {field.name for field in dataclasses.fields(TraceConfig)} - {"anchor_experts"}
+    some = ((0, 0),) if options.experts else ()
+    config = TraceConfig(**{name: getattr(options, name) for name in names}, anchor_experts=some)
+    for name, needed in config.needs.items():
+        if needed and getattr(options, name) is None:
+            raise UserError(f"{name}: got none, but objective {config.objective!r} needs it")
+    if config.routes_weigh and options.calibration is None:
         raise UserError(
             f"calibration: got none, but weighting {config.weighting!r} needs the folder that calibrate wrote"
         )
@@ -213,8 +246,13 @@ def check(options: TrainOptions) -> TraceConfig:
         raise UserError(f"device: got {options.device!r}, allowed: cpu, cuda (choose one with CUDA_VISIBLE_DEVICES)")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: got 'cuda', but torch sees no GPU here")
-    if options.trainable and options.lora_rank:
-        raise UserError("trainable and lora_rank: got both; adapters are trained alone, so give one of them")
+    ways = [name for name in ("experts", "trainable", "lora_rank") if getattr(options, name)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)}: got both; each says alone what is trained, so give one of them")
+    if options.experts and options.weight_decay:
+        raise UserError(
+            f"weight_decay: got {options.weight_decay}, allowed is 0 with experts: it would decay the others"
+        )
     check_patterns(options.trainable)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options.training:
@@ -227,29 +265,43 @@ def check(options: TrainOptions) -> TraceConfig:
 
 def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     """Everything but the model, checked."""
-    model_config = check_inputs(options.model, moe=config.weighting != "uniform")
+    model_config = check_inputs(options.model, moe=config.routes_weigh or bool(config.anchor_experts))
     tokenizer = load_tokenizer(options.model, model_config)
     calibration, digest = None, None
-    if options.calibration is not None and config.weighting != "uniform":
+    if options.calibration is not None and config.routes_weigh:
         calibration, digest = Calibration.load(options.calibration), _digest(Path(options.calibration))
-    forget, retain = (
-        load_tokens(source, tokenizer, max_length=options.max_length, limit=limit)
-        for source, limit in ((options.forget, options.forget_limit), (options.retain, options.retain_limit))
-    )
-    check_disjoint(forget, retain)
+    limits = {"forget": options.forget_limit, "retain": options.retain_limit, "alternate": options.forget_limit}
+    sets = {
+        name: load_tokens(getattr(options, name), tokenizer, max_length=options.max_length, limit=limits[name])
+        for name, needed in config.needs.items()
+        if needed
+    }
+    if "forget" in sets and "retain" in sets:
+        check_disjoint(sets["forget"], sets["retain"])
+    if "alternate" in sets:
+        check_alternates(sets["forget"], sets["alternate"])
+    prints = {f"{name}_fingerprint": fingerprint(documents) for name, documents in sets.items()}
     if calibration is not None:
-        _check_calibration(options, calibration, model_config.model_type, fingerprint(forget))
-        retain = attach_weights(retain, calibration)
+        _check_calibration(options, calibration, model_config.model_type, prints["forget_fingerprint"])
+        sets["retain"] = attach_weights(sets["retain"], calibration)
     facts = {
-        "method": "TRACE" if calibration is not None else "uniform retain weights",
+        "method": _method(config, calibration is not None),
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
-        "forget_fingerprint": fingerprint(forget),
-        "retain_fingerprint": fingerprint(retain),
+        **prints,
+        "experts": [list(pair) for pair in config.anchor_experts],
         "calibration": None
         if calibration is None
         else {"sha256": digest, "rule": calibration.rule, "ess": calibration.ess, **calibration.choices},
     }
-    return _Inputs(config, tokenizer, forget, retain, calibration, facts)
+    return _Inputs(config, tokenizer, sets, calibration, facts)
+
+
+def _method(config: TraceConfig, calibrated: bool) -> str:
+    if config.method.forget_loss is None:
+        return "fine-tuning"
+    if not config.method.uses_retain:
+        return "no retain loss"
+    return "TRACE" if calibrated else "uniform retain weights"
 
 
 def _check_calibration(options: TrainOptions, calibration: Calibration, model_type: str, forget: str) -> None:
@@ -338,8 +390,10 @@ def _trainer(
         model = add_lora(model, LoraOptions(options.lora_rank, options.lora_alpha, modules, parameters))
     elif options.trainable:
         train_only(model, options.trainable)
+    experts = inputs.config.anchor_experts
+    rows = train_experts(model, experts) if experts else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    count, total = rows or sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
     say(f"{count:,} of {total:,} parameters are trained, on {arguments.device}")
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
         logger.warning(
@@ -350,8 +404,7 @@ def _trainer(
         model,
         arguments,
         config=inputs.config,
-        forget=inputs.forget,
-        retain=inputs.retain,
+        **inputs.sets,
         calibration=inputs.calibration if options.weighting == "live" else None,  # else attached already
         processing_class=inputs.tokenizer,
     )

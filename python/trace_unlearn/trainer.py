@@ -20,6 +20,7 @@ from trace_unlearn import checkpoints
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import loss_bearing
 from trace_unlearn.errors import UserError
+from trace_unlearn.expert_masks import check_masks
 from trace_unlearn.files import PathLike, staged_folder, write_json
 from trace_unlearn.forward import Forward, ReferenceRows, Seen
 from trace_unlearn.live import LiveWeights
@@ -146,6 +147,7 @@ class TraceTrainer(Trainer):
             callbacks=[*(callbacks or []), _Beginnings(self)],
             **options,
         )
+        check_masks(model, args.weight_decay, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.model_accepts_loss_kwargs = True  # with what get_batch_samples returns: no division by the accumulation
         self._log_window = LogWindow(args.device)
         if args.gradient_checkpointing and not model.get_input_embeddings().weight.requires_grad:
@@ -358,16 +360,10 @@ def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> 
 
 def _used(config: TraceConfig, **sets: datasets.Dataset | None) -> list[datasets.Dataset | None]:
     """The sets that the objective uses; the others are None whatever was given."""
-    method = config.method
-    needed = {
-        "forget": method.forget_loss is not None,
-        "retain": method.uses_retain,
-        "alternate": method.needs_alternate,
-    }
     for name, given in sets.items():
-        if needed[name] and given is None:
+        if config.needs[name] and given is None:
             raise UserError(f"{name}: got none, but objective {config.objective!r} needs it")
-    return [given if needed[name] else None for name, given in sets.items()]
+    return [given if config.needs[name] else None for name, given in sets.items()]
 
 
 def _weighted(retain: datasets.Dataset, config: TraceConfig, calibration: Calibration | None) -> datasets.Dataset:

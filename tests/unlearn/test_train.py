@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from trace_unlearn.calibrate import calibrate
 from trace_unlearn.data import load_tokens
 from trace_unlearn.errors import UserError
+from trace_unlearn.expert_masks import top_experts
 from trace_unlearn.model import load_model, load_tokenizer
-from trace_unlearn.profile import profile_routing
+from trace_unlearn.profile import RoutingStatistics, profile_routing
 from trace_unlearn.train import TrainOptions, main
+from trace_unlearn.weights import Calibration
 
 
 def write_facts(path, count, seed):
@@ -44,6 +46,7 @@ def files(tmp_path_factory, checkpoint):
     stats = profile_routing(model, *data, pad_token_id=tokenizer.pad_token_id, progress=False)
     for rule in ("balance", "ratio"):
         calibrate(stats, experts_per_layer=2, rule=rule).save(folder / rule)
+    stats.save(folder / "profile")
     return {**options, "calibration": str(folder / "balance")}
 
 
@@ -141,9 +144,65 @@ def test_a_pattern_trains_only_what_it_names(files, tmp_path):
     assert all("layers.1.mlp.experts" in name for name in changed)
 
 
+def test_seuf_trains_one_expert_and_its_router(files, tmp_path):
+    profile = str(Path(files["calibration"]).with_name("profile"))
+    [(layer, expert)] = top_experts(RoutingStatistics.load(profile), 1)
+    said = []
+    changes = {"experts": ["top1"], "profile": profile, "anchor": 1.0, "objective": "npo"}
+    main(options(files, tmp_path / "out", steps=6, learning_rate=1e-2, **changes), said.append)
+    before, after = weights(files["model"]), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    own = f"layers.{layer}.mlp.experts.{expert}."  # the checkpoint holds experts apart
+    assert any(own in name for name in changed)
+    assert all(own in name or f"layers.{layer}.mlp.gate" in name for name in changed)
+    assert any("mlp.gate" in name for name in changed)
+    count = 3 * 32 * 16 + 8 * 32
+    assert any(message.startswith(f"{count:,} of ") for message in said)
+    log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
+    assert log[-1]["anchor_loss"] < log[0]["anchor_loss"]
+    assert record(tmp_path / "out")["experts"] == [[layer, expert]]
+
+
+def test_the_selected_experts_are_those_of_the_calibration(files, tmp_path):
+    main(options(files, tmp_path / "out", experts=["selected"], steps=2), lambda message: None)
+    pairs = Calibration.load(files["calibration"]).selected.tolist()
+    before, after = weights(files["model"]), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    allowed = [f"layers.{layer}.mlp.experts.{expert}." for layer, expert in pairs]
+    assert all("mlp.gate" in name or any(own in name for own in allowed) for name in changed)
+    assert all(any(own in name for name in changed) for own in allowed)
+
+
+def test_finetune_learns_one_set(files, tmp_path):
+    said = []
+    given = {"objective": "finetune", "forget": None, "calibration": None, "steps": 12, "learning_rate": 5e-3}
+    main(options(files, tmp_path / "out", **given), said.append)
+    assert "learns" in said[0]
+    log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
+    assert log[-1]["retain_nll"] < log[0]["retain_nll"] - 0.5
+    assert record(tmp_path / "out")["method"] == "fine-tuning"
+
+
+def test_dpo_prefers_the_alternates(files, tmp_path):
+    lines = Path(files["forget"]).read_text().splitlines()
+    refusals = [{**json.loads(line), "answer": "what is the ?"} for line in lines]
+    alternate = tmp_path / "alternate.jsonl"
+    alternate.write_text("".join(json.dumps(row) + "\n" for row in refusals))
+    given = {"objective": "dpo", "alternate": str(alternate), "steps": 8, "learning_rate": 5e-3}
+    main(options(files, tmp_path / "out", **given), lambda message: None)
+    log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
+    assert log[0]["forget_loss"] == pytest.approx(13.8629, rel=1e-3)
+    assert log[-1]["forget_loss"] < log[0]["forget_loss"] - 1
+    moved = [{**row, "question": "w1 ?"} for row in refusals]
+    alternate.write_text("".join(json.dumps(row) + "\n" for row in moved))
+    with pytest.raises(UserError, match="alternate: document 0 has the prompt"):
+        main(options(files, tmp_path / "other", **given), lambda message: None)
+
+
 PROGRAM = """
 import json, sys
 from trace_unlearn.train import TrainOptions, main
+from trace_unlearn.weights import Calibration
 
 main(TrainOptions(**json.loads(sys.argv[1])))
 """
@@ -248,7 +307,15 @@ def test_mistakes_are_told_before_the_model_is_loaded(files, tmp_path, monkeypat
         ({"forget": str(tmp_path / "nothing.jsonl")}, r"nothing\.jsonl"),
         ({"retain": other}, "retain: the data is not what the calibration was made for"),
         ({"forget": files["retain"]}, "the forget set equals the retain set"),
-        ({"objective": "dpo"}, "objective: got 'dpo'"),
+        ({"objective": "ppo"}, "objective: got 'ppo'"),
+        ({"objective": "dpo"}, "alternate: got none, but objective 'dpo' needs it"),
+        ({"forget": None}, "forget: got none, but objective 'grad_diff' needs it"),
+        ({"objective": "dpo", "alternate": other}, "alternate: got 9 documents, allowed is one for each of the 12"),
+        ({"experts": ["0.1"], "lora_rank": 4}, "experts and lora_rank: got both"),
+        ({"experts": ["0.1"], "weight_decay": 0.1}, "weight_decay: got 0.1, allowed is 0 with experts"),
+        ({"experts": ["first"]}, "experts: got 'first', allowed: LAYER.EXPERT"),
+        ({"experts": ["top1"]}, "experts: 'top1' needs the folder that profile wrote"),
+        ({"anchor": 1.0}, "anchor: got 1.0, but no experts"),
         ({"trainable": ["("]}, "not a regular expression"),
         ({"trainable": ["mlp"], "lora_rank": 4}, "trainable and lora_rank: got both"),
         ({"steps": 0}, "steps: got 0"),
