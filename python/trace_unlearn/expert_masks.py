@@ -74,7 +74,7 @@ def _mask_rows(parameter: torch.nn.Parameter, rows: list[int]) -> None:
         kept[rows] = gradient[rows]
         return kept
 
-    parameter.register_hook(mask)
+    parameter.register_hook(mask)  # type: ignore[no-untyped-call]
     setattr(parameter, MASKED, rows)
 
 

@@ -191,7 +191,7 @@ class _Layer:
             raise UserError(
                 f"objective: 'rmu' finds no decoder layers with a norm after them in {type(self._model).__name__}"
             )
-        self._layers: torch.nn.ModuleList = self._owner.layers
+        self._layers: Any = self._owner.layers
         self.number = len(self._layers) // 4 if number is None else number
         if self.number >= len(self._layers):
             raise UserError(f"layer: got {number}, but {type(self._model).__name__} has {len(self._layers)} layers")
