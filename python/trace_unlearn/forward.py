@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -191,7 +191,7 @@ class _Layer:
             raise UserError(
                 f"objective: 'rmu' finds no decoder layers with a norm after them in {type(self._model).__name__}"
             )
-        self._layers: Any = self._owner.layers
+        self._layers: torch.nn.ModuleList = cast(Any, self._owner).layers
         self.number = len(self._layers) // 4 if number is None else number
         if self.number >= len(self._layers):
             raise UserError(f"layer: got {number}, but {type(self._model).__name__} has {len(self._layers)} layers")
