@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from trace_unlearn.adapters import Adapter, Report, adapter_of, argument_names, 
 from trace_unlearn.data import loss_bearing
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
+from trace_unlearn.routes import RoutesFile
 
 # The tokens that layers see: an encoder-decoder model has two sequences, every other one.
 _TOKENS, _ENCODER_TOKENS = 0, 1
@@ -143,7 +145,9 @@ class RoutingRecorder:
     Args:
         model: a causal language model with MoE layers, wrapped or not. Forwards of its submodules alone are refused.
         table: [L, E] finite, for the scores.
-        store_routes: keep the indices of the last forward.
+        store_routes: True keeps the indices of the last forward. A path also writes those of the tokens that count, in
+            the order of the forwards, to a new .npy file [N, L, k] (see `trace_unlearn.routes`), whole once the
+            context ends.
 
     Attributes:
         layers: the MoE layers, in the order of the first axis of everything here.
@@ -167,7 +171,9 @@ class RoutingRecorder:
         [4, 4]
     """
 
-    def __init__(self, model: nn.Module, table: torch.Tensor | None = None, store_routes: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, table: torch.Tensor | None = None, store_routes: bool | str | os.PathLike[str] = False
+    ) -> None:
         self.layers = moe_layers(model)
         self._model = unwrap(model)
         self._names = argument_names(self._model)
@@ -192,6 +198,7 @@ class RoutingRecorder:
             for number, device in enumerate(devices):
                 self._state_of(number, torch.device("cpu") if device.type == "meta" else device)
         self._handles: list[Any] = []
+        self._file: RoutesFile | None = None
         self._open = False
         self._forwards = 0
         self._shapes = [(0, 0), (0, 0)]  # B, S of each sequence in the forward under way, or the last one
@@ -239,6 +246,8 @@ class RoutingRecorder:
         if self._handles:
             raise RuntimeError("this RoutingRecorder is already active: leave its `with` block before entering again")
         self._forwards = 0
+        if self._store_routes and not isinstance(self._store_routes, bool):
+            self._file = RoutesFile(self._store_routes, self._num_experts)
         model = self._model
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -256,6 +265,9 @@ class RoutingRecorder:
             handle.remove()
         self._handles = []
         self._close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         if kind is None and self._forwards == 0:
             warnings.warn("RoutingRecorder saw no forward of its model, nothing was counted", stacklevel=2)
 
@@ -297,6 +309,7 @@ class RoutingRecorder:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         was_open = self._open
+        counting = next((state.mask for state in self._states.values()), None)
         self._close()
         if output is None or not was_open:  # the forward raised
             return
@@ -308,6 +321,13 @@ class RoutingRecorder:
                 "Either the model does not run these layers here, or kernels route around the experts module, or "
                 "the model was compiled and run before the recorder was entered (then call torch.compiler.reset())"
             )
+
+        if self._file is not None:
+            routes = self.routes
+            assert routes is not None
+            limits = torch.tensor([layer.num_experts for layer in self.layers], device=routes.device)[:, None]
+            routes = routes.masked_fill(routes >= limits, -1).flatten(0, 1)
+            self._file.append(routes if counting is None else routes[counting.to(routes.device)])
 
     def _close(self) -> None:
         self._open = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -80,6 +81,22 @@ def test_counts_and_scores_are_those_of_the_routers(model, pad, labels):
     expected = torch.stack([table[layer][indices].sum(1) for layer, indices in enumerate(seen)]).sum(0)
     torch.testing.assert_close(rec.token_scores, expected.view(3, 7))
     assert torch.equal(rec.routes, torch.stack(seen, dim=1).view(3, 7, L, tiny.TOP_K))
+
+
+def test_routes_to_a_file(tmp_path):
+    model = tiny.model("deepseek_v3", VOCAB)
+    first, second = batch(labels=True), batch(B=2, S=5, seed=1)
+    path = tmp_path / "routes.npy"
+    with torch.no_grad(), router_outputs(model) as seen, RoutingRecorder(model, store_routes=path) as rec:
+        model(**first)
+        model(**second)
+    routes = np.load(path, mmap_mode="r")
+    assert routes.dtype == np.uint8
+    expected = [torch.stack(seen[at : at + 2], dim=1)[counted(g).flatten()] for at, g in ((0, first), (2, second))]
+    assert np.array_equal(routes, torch.cat(expected).numpy())
+    assert np.bincount(routes[:, 0].ravel(), minlength=tiny.NUM_EXPERTS).tolist() == rec.counts[0].tolist()
+    with pytest.raises(UserError, match="exists already"), rec:
+        pass
 
 
 def test_layers_in_order():
