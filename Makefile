@@ -9,7 +9,7 @@ JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint types format bench check clean help
+.PHONY: demo test lint types format bench gpu check clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and clang-format        make types   mypy --strict"
 	@echo "make bench   micro-benchmarks             make format  rewrite files in the project's style"
+	@echo "make gpu     on a CUDA device: conformance, compute-sanitizer, timings beside the peers"
 
 demo: $(VENV)/.built
 	$(BIN)/trace-unlearn demo --output runs/demo $(DEMO)
@@ -39,6 +40,9 @@ format: $(VENV)/.deps
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run --op all $(BENCH)
+
+gpu: $(VENV)/.built
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 check: test lint types
 

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from trace_kernels.cases import Case
 from trace_kernels.conformance import discover
-from trace_kernels.triton_common import Launch, Product, recording, size_of
+from trace_kernels.recording import Product, recording, size_of
+from trace_kernels.triton_common import Launch
 
 TOKENS = 8192
 #: What dense bfloat16 products and memory deliver on an H100 SXM, per second.

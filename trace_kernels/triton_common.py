@@ -8,7 +8,6 @@ Imports Triton, so nothing but the kernels' own modules may import it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trace_kernels.recording import cdiv, is_recording, record, size_of
 from trace_kernels.triton_backend import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
@@ -47,35 +47,6 @@ class Launch:
     flops: int
 
 
-@dataclass(frozen=True)
-class Product:
-    """One library matrix product of such a run: what it computes and moves at the least."""
-
-    flops: int
-    bytes: int
-
-
-_recorded: list[Launch | Product] | None = None
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch | Product]]:
-    """Collect launches and products instead of running them: for meta tensors, whose results nobody can see."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
-
-
-def record_product(flops: int, bytes: int) -> bool:
-    """Whether launches are recorded, and then the product is too."""
-    if _recorded is not None:
-        _recorded.append(Product(flops, bytes))
-    return _recorded is not None
-
-
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -90,24 +61,15 @@ def launch(
     """Run `kernel`, or record it; an empty grid does nothing."""
     if 0 in grid:
         return
-    if _recorded is not None:
+    if is_recording():
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True))
-        _recorded.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, bytes, cached, flops))
+        record(Launch(kernel, grid, arguments, constants, num_warps, num_stages, bytes, cached, flops))
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
-
-
-def size_of(*tensors: torch.Tensor | None) -> int:
-    """Bytes of the elements of `tensors`."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:

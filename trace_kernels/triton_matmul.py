@@ -1,4 +1,4 @@
-"""Matrix products of which the device knows how many rows count, and the order that puts these rows first.
+"""Matrix products of which the device knows how many rows count.
 
 A library product takes its sizes from the host, which does not know how many tokens a batch drops unless it waits for
 the device. These read that number on the device and leave the rest undone. TRACE_KERNELS_GEMM=triton asks for them;
@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trace_kernels.triton_common import INTERPRETED, cdiv, launch, size_of
+from trace_kernels.recording import cdiv, size_of
+from trace_kernels.triton_common import INTERPRETED, launch
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
 #: Tiles of neighbouring rows that run together, so that they find each other's columns in the cache.
@@ -87,31 +88,3 @@ def counting(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = No
         raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library' and 'triton'")
     aligned = all(size % 16 == 0 for size in weight.shape)
     return choice == "triton" and aligned and hidden.dtype in (torch.bfloat16, torch.float16)
-
-
-class KeptFirst:
-    """Rows in an order that puts the kept ones first, found without asking the device how many they are.
-
-    Attributes:
-        number: int32 [1], how many are kept.
-    """
-
-    def __init__(self, kept: torch.Tensor) -> None:
-        """kept: [T] bool."""
-        before = kept.cumsum(0)
-        self.number = before[-1:].int() if len(kept) else kept.new_zeros(1, dtype=torch.int32)
-        # A kept row comes after the kept ones before it, a dropped one after all kept and the dropped before it.
-        place = torch.where(kept, before - 1, self.number + (~kept).cumsum(0) - 1)
-        self._order = torch.empty_like(place).scatter_(0, place, torch.arange(len(kept), device=kept.device))
-
-    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.index_select(0, self._order)
-
-    def scattered(self, rows: torch.Tensor) -> torch.Tensor:
-        """Back in the order that they came in; rows of no length stay so."""
-        return torch.empty_like(rows).index_copy_(0, self._order, rows) if len(rows) else rows
-
-    def in_chunk(self, rows: slice) -> torch.Tensor:
-        """int32 [1], how many of the chunk's rows are kept."""
-        count: torch.Tensor = (self.number - rows.start).clamp_(0, rows.stop - rows.start)
-        return count

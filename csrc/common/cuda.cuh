@@ -74,6 +74,11 @@ __device__ __forceinline__ T from_float(float value) {
   }
 }
 
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 // Elements that one 16-byte load or store moves.
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
@@ -140,6 +145,16 @@ __device__ __forceinline__ void store_vector(T* address, const float (&values)[k
              packed<T>(values[6], values[7])};
   }
   __stcg(reinterpret_cast<uint4*>(address), words);
+}
+
+// Four elements: 16 bytes of float32, 8 of the other types.
+template <typename T>
+__device__ __forceinline__ void store_four(T* address, const float (&values)[4]) {
+  if constexpr (std::is_same_v<T, float>) {
+    store_vector(address, values);
+  } else {
+    __stcg(reinterpret_cast<uint2*>(address), uint2{packed<T>(values[0], values[1]), packed<T>(values[2], values[3])});
+  }
 }
 
 template <typename T>

@@ -66,7 +66,7 @@ struct LogProb {
 
 // Of a class with x, from the sum over all others: where the class is nearly certain the loss is log(1 + small).
 __device__ __forceinline__ LogProb log_prob(float x, const Softmax& others) {
-  if (x > others.maximum) {
+  if (x > others.maximum && x < INFINITY) {
     const float loss = log1pf(others.sum * __expf(others.maximum - x));
     return {-loss, x + loss};
   }
@@ -92,5 +92,40 @@ struct VectorRow {
 
   __device__ __forceinline__ int first(int vector) const { return vector * N - shift; }
 };
+
+// The row kernels of the linear losses: kRowThreads threads walk over a row in tiles of kTile columns, kStep neighbours
+// each. Rows of float32 logits start on 16 bytes, those of dz on 4 elements.
+constexpr int kRowThreads = 256;
+constexpr int kRowWarps = kRowThreads / kWarpSize;
+constexpr int kStep = 4;
+constexpr int kTile = kRowThreads * kStep;
+
+// The logits from `column` on, 0 where there are none.
+__device__ __forceinline__ void load_step(const float* row, int column, int size, float (&out)[kStep]) {
+  if (column + kStep <= size) return unpack<float>(load_words(row + column), out);
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) out[i] = column + i < size ? row[column + i] : 0.0f;
+}
+
+// The elements of dz from `column` on, as far as there are any.
+template <typename T>
+__device__ __forceinline__ void store_step(T* dz, int column, int size, const float (&values)[kStep]) {
+  if (column + kStep <= size) {
+    store_four(dz + column, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      if (column + i < size) dz[column + i] = from_float<T>(values[i]);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void zero_row(T* dz, int size) {
+  const float zeros[kStep] = {};
+  for (int column = static_cast<int>(threadIdx.x) * kStep; column < size; column += kTile) {
+    store_step(dz, column, size, zeros);
+  }
+}
 
 }  // namespace tk

@@ -13,7 +13,7 @@ import sys
 import pytest
 from emulated import HERE, ORDERS, ROOT, build, preload
 
-OPS = ("record_routing_", "cross_entropy", "router_topk")
+OPS = ("record_routing_", "cross_entropy", "router_topk", "linear_cross_entropy", "linear_log_prob", "linear_kl")
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,13 +9,14 @@ import traceback
 import pytest
 import torch
 
-from trace_kernels import triton_linear
+from trace_kernels import chunks as chunk_memory
+from trace_kernels.chunks import KeptFirst
 from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
 from trace_kernels.ops.linear_cross_entropy import triton as linear
 from trace_kernels.ops.linear_kl import reference as kl_reference
 from trace_kernels.ops.linear_kl import triton as kl
 from trace_kernels.triton_common import scaled_rows
-from trace_kernels.triton_matmul import KeptFirst, counted_product, counting
+from trace_kernels.triton_matmul import counted_product, counting
 
 CHECKS = {}
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -54,13 +55,13 @@ def inputs(dtype, T=9, H=16, V=4400):
 @contextlib.contextmanager
 def small_memory(rows):
     """Blocks of 2048 columns, and chunks of so many rows of 4400 columns of a 16-bit dz."""
-    before = triton_linear.BLOCK_BYTES
-    triton_linear.BLOCK_BYTES = 1
+    before = chunk_memory.BLOCK_BYTES
+    chunk_memory.BLOCK_BYTES = 1
     os.environ["TRACE_KERNELS_CHUNK_BYTES"] = str(2 * 4416 * rows)
     try:
         yield
     finally:
-        triton_linear.BLOCK_BYTES = before
+        chunk_memory.BLOCK_BYTES = before
         del os.environ["TRACE_KERNELS_CHUNK_BYTES"]
 
 

@@ -6,7 +6,8 @@ by the rules of Triton's just-in-time compiler.
 
 import torch
 
-from trace_kernels.triton_common import Launch, recording
+from trace_kernels.recording import recording
+from trace_kernels.triton_common import Launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

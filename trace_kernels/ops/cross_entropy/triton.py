@@ -11,14 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from trace_kernels.recording import cdiv, size_of
 from trace_kernels.triton_common import (
     LOWEST,
-    cdiv,
     combined,
     launch,
     next_power_of_2,
     online_softmax,
-    size_of,
     store_rounded,
     tile,
     transformed,

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses, triton_backend, validate
+from trace_kernels import cuda_backend, losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
-from trace_kernels.ops.linear_cross_entropy import native, reference
+from trace_kernels.ops.linear_cross_entropy import cuda, native, reference
 
 backends = OpBackends("linear_cross_entropy")
 log_prob_backends = OpBackends("linear_log_prob")
 for _op in (backends, log_prob_backends):
     _op.register("reference", forward=reference.forward, backward_weight=reference.backward_weight)
     triton_backend.register(_op, __package__, "forward", "backward_weight")
+    cuda_backend.register(_op, cuda, "forward", "backward_weight")
     _op.register(
         "cpu",
         unavailable=native.cpu_unavailable,

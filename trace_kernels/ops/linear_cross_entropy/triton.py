@@ -1,7 +1,4 @@
-"""`linear_cross_entropy` and `linear_log_prob` in Triton: library products, and one kernel per row between them.
-
-The logits of a chunk of rows are made in blocks of columns that fit the L2 cache, in float32. A kernel adds each block
-to the rows' softmax and leaves ``dz``, up to a factor per row, for the products with the head and the hidden states.
+"""The row kernels of `linear_cross_entropy` and `linear_log_prob` in Triton; chunked.py runs them between the products.
 
 Run in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.
 """
@@ -10,13 +7,17 @@ Run in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from trace_kernels.ops.linear_cross_entropy import chunked
+from trace_kernels.ops.linear_cross_entropy.chunked import Options, RowKernels, Rows
+from trace_kernels.recording import cdiv
 from trace_kernels.triton_common import (
     LOWEST,
-    cdiv,
     column_sums,
     launch,
     scaled_rows,
@@ -25,8 +26,7 @@ from trace_kernels.triton_common import (
     transformed,
     zero_row,
 )
-from trace_kernels.triton_linear import Chunks, WeightGradient, dense, product
-from trace_kernels.triton_matmul import KeptFirst, counting
+from trace_kernels.triton_matmul import counting
 
 WARPS = 8
 #: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
@@ -163,17 +163,53 @@ def gradient_kernel(
         zero_row(dz, width, columns, LANES * VEC)
 
 
+def _block(
+    z: torch.Tensor,
+    dz: torch.Tensor,
+    rows: Rows,
+    state: torch.Tensor,
+    first: int,
+    options: Options,
+    write: bool,
+) -> None:
+    lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
+    launch(
+        block_kernel, (z.shape[0],),
+        z, dz, rows.bias, rows.target, rows.weight, *state, first, z.shape[1], z.stride(0), dz.stride(0),
+        *options.numbers,
+        num_warps=WARPS, bytes=z.numel() * (4 + write * dz.element_size()), cached=4 * z.numel(),
+        HAS_BIAS=rows.bias is not None, HAS_WEIGHT=rows.weight is not None, HAS_SOFTCAP=options.has_softcap,
+        FIRST=first == 0, WRITE=write, LAG=LAG, LANES=lanes, VEC=vector,
+    )  # fmt: skip
+
+
+def _finish(
+    dz: torch.Tensor,
+    rows: Rows,
+    state: torch.Tensor,
+    logp: torch.Tensor,
+    lse: torch.Tensor,
+    factor: torch.Tensor,
+    options: Options,
+    write: bool,
+) -> None:
+    R = len(logp)
+    launch(
+        finish_kernel, (cdiv(R, 128),),
+        dz, rows.target, rows.weight, *state, logp, lse, factor, R, rows.num_classes, dz.stride(0), *options.numbers,
+        num_warps=4, bytes=48 * R, HAS_WEIGHT=rows.weight is not None, HAS_SOFTCAP=options.has_softcap, WRITE=write,
+        BLOCK=128,
+    )  # fmt: skip
+
+
 def _gradient(
     z: torch.Tensor,
     dz: torch.Tensor,
-    block: slice,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_weight: torch.Tensor | None,
+    rows: Rows,
+    first: int,
     lse: torch.Tensor,
     factor: torch.Tensor,
-    options: tuple[int, float, float],
-    has_softcap: bool,
+    options: Options,
     scale: bool,
     cached: bool,
 ) -> None:
@@ -181,147 +217,14 @@ def _gradient(
     moved = z.numel() * (4 + dz.element_size())
     launch(
         gradient_kernel, (z.shape[0],),
-        z, dz, bias, target, row_weight, lse, factor,
-        block.start, z.shape[1], dz.shape[1], z.stride(0), dz.stride(0), *options,
+        z, dz, rows.bias, rows.target, rows.weight, lse, factor,
+        first, z.shape[1], rows.num_classes, z.stride(0), dz.stride(0), *options.numbers,
         num_warps=WARPS, bytes=moved, cached=4 * z.numel() if cached else 0,
-        HAS_BIAS=bias is not None, HAS_WEIGHT=row_weight is not None, HAS_SOFTCAP=has_softcap, SCALE=scale,
-        LANES=lanes, VEC=vector,
+        HAS_BIAS=rows.bias is not None, HAS_WEIGHT=rows.weight is not None, HAS_SOFTCAP=options.has_softcap,
+        SCALE=scale, LANES=lanes, VEC=vector,
     )  # fmt: skip
 
 
-def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logp [T], lse [T], dhidden [T, H], dweight [V, H], dbias [V]; those not wanted are empty."""
-    options = (ignore_index, softcap or 0.0, logit_scale)
-    if not counting(hidden, weight):
-        return _forward(
-            hidden,
-            dense(weight),
-            bias,
-            target,
-            row_weight,
-            options,
-            softcap is not None,
-            want_dhidden,
-            want_dweight,
-            None,
-        )
-    order = KeptFirst(target != ignore_index if row_weight is None else (target != ignore_index) & (row_weight != 0))
-    row_weight = None if row_weight is None else order.gathered(row_weight)
-    logp, lse, dhidden, dweight, dbias = _forward(
-        order.gathered(hidden), dense(weight), bias, order.gathered(target), row_weight, options, softcap is not None,
-        want_dhidden, want_dweight, order,
-    )  # fmt: skip
-    return order.scattered(logp), order.scattered(lse), order.scattered(dhidden), dweight, dbias
-
-
-def _forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    options: tuple[int, float, float],
-    has_softcap: bool,
-    want_dhidden: bool,
-    want_dweight: bool,
-    order: KeptFirst | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward` of rows of which, with `order`, the kept ones come first."""
-    (T, H), V = hidden.shape, weight.shape[0]
-    gradient = want_dhidden or want_dweight
-    # float16 has no exponents for unnormalised exponentials: its logits are kept until the row's sum is known.
-    scaled = gradient and hidden.dtype != torch.float16
-    twice = gradient and not scaled
-    logp = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    lse, factor = torch.empty_like(logp), torch.empty_like(logp)
-    dhidden = hidden.new_empty(T if want_dhidden else 0, H)
-    dweight = WeightGradient(weight, want_dweight)
-    dbias = logp.new_zeros(V if want_dweight else 0)
-    chunks = Chunks(hidden, V, gradient, whole=twice)
-    state = torch.empty((3, chunks.rows), dtype=torch.float32, device=hidden.device)
-    for rows in chunks.slices():
-        R = rows.stop - rows.start
-        dz, labels = chunks.dz(rows), target[rows]
-        weights = None if row_weight is None else row_weight[rows]
-        count = None if order is None else order.in_chunk(rows)
-        for block in chunks.blocks():
-            z = chunks.logits(rows, block)
-            product(hidden[rows], weight[block].T, z, count)
-            lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
-            launch(
-                block_kernel, (R,),
-                z, dz, bias, labels, weights, *state, block.start, z.shape[1], z.stride(0), dz.stride(0), *options,
-                num_warps=WARPS, bytes=z.numel() * (4 + scaled * dz.element_size()), cached=4 * z.numel(),
-                HAS_BIAS=bias is not None, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=has_softcap,
-                FIRST=block.start == 0, WRITE=scaled, LAG=LAG, LANES=lanes, VEC=vector,
-            )  # fmt: skip
-        launch(
-            finish_kernel, (cdiv(R, 128),),
-            dz, labels, weights, *state, logp[rows], lse[rows], factor[rows], R, V, dz.stride(0), *options,
-            num_warps=4, bytes=48 * R, HAS_WEIGHT=weights is not None, HAS_SOFTCAP=has_softcap, WRITE=scaled,
-            BLOCK=128,
-        )  # fmt: skip
-        if twice:
-            whole = slice(0, V)
-            z = chunks.logits(rows, whole)
-            _gradient(
-                z, dz, whole, bias, labels, weights, lse[rows], factor[rows], options,
-                has_softcap=has_softcap, scale=False, cached=False,
-            )  # fmt: skip
-        if want_dhidden:
-            scaled_rows(chunks.times(dz, weight, count), factor[rows], out=dhidden[rows])
-        if want_dweight:
-            scale = factor[rows] if weights is None else factor[rows] * weights
-            dweight.add(dz, hidden[rows], scale, count)
-            if bias is not None:
-                column_sums(dz, scale, dbias)
-    return logp, lse, dhidden, dweight.result(), dbias
-
-
-def backward_weight(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    row_grad: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dweight [V, H] and dbias [V]: sums of row_grad_t * d logp_t; the logits are computed again."""
-    T, V = hidden.shape[0], weight.shape[0]
-    weight = dense(weight)
-    order = None
-    if counting(hidden, weight):
-        order = KeptFirst((target != ignore_index) & (row_grad != 0))
-        hidden, target, lse, row_grad = (order.gathered(rows) for rows in (hidden, target, lse, row_grad))
-    factor = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    dweight = WeightGradient(weight)
-    dbias = factor.new_zeros(V)
-    chunks = Chunks(hidden, V, gradient=True)
-    for rows in chunks.slices():
-        dz = chunks.dz(rows)
-        count = None if order is None else order.in_chunk(rows)
-        for block in chunks.blocks():
-            z = chunks.logits(rows, block)
-            product(hidden[rows], weight[block].T, z, count)
-            _gradient(
-                z, dz, block, bias, target[rows], row_grad[rows], lse[rows], factor[rows],
-                (ignore_index, softcap or 0.0, logit_scale), has_softcap=softcap is not None, scale=True, cached=True,
-            )  # fmt: skip
-        dweight.add(dz, hidden[rows], factor[rows], count)
-        if bias is not None:
-            column_sums(dz, factor[rows], dbias)
-    return dweight.result(), dbias
+KERNELS = RowKernels(_block, _finish, _gradient, scaled_rows, column_sums, counting)
+forward = functools.partial(chunked.forward, KERNELS)
+backward_weight = functools.partial(chunked.backward_weight, KERNELS)

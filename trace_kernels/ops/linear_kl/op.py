@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses, triton_backend, validate
+from trace_kernels import cuda_backend, losses, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.linear_cross_entropy.log_prob import needs_gradient
-from trace_kernels.ops.linear_kl import native, reference
+from trace_kernels.ops.linear_kl import cuda, native, reference
 
 # A backend's ``refuse`` gets (hidden [T, H], weight [V, H], ref_hidden [T, R], ref_weight [V, R]); its functions have
 # the arguments of reference.py. The matrices may have any strides, the reference's a dtype of their own; row_weight,
@@ -24,6 +24,7 @@ backends.register(
     backward_weight=native.backward_weight_cpu,
 )
 triton_backend.register(backends, __package__, "forward", "backward_weight")
+cuda_backend.register(backends, cuda, "forward", "backward_weight")
 
 
 def linear_kl(

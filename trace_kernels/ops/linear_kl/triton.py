@@ -10,10 +10,14 @@ Run in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from trace_kernels.ops.linear_kl import chunked
+from trace_kernels.ops.linear_kl.chunked import Options, Pair, RowKernels
 from trace_kernels.triton_common import (
     LOWEST,
     combined,
@@ -25,12 +29,9 @@ from trace_kernels.triton_common import (
     transformed,
     zero_row,
 )
-from trace_kernels.triton_linear import CHUNK_BYTES, Chunks, WeightGradient, dense, product
-from trace_kernels.triton_matmul import KeptFirst, counting
+from trace_kernels.triton_matmul import counting
 
 WARPS = 8
-#: A row needs five times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
-BUDGET = 2 * CHUNK_BYTES
 
 
 @triton.jit
@@ -136,143 +137,47 @@ def gradient_kernel(
         zero_row(dz, width, columns, LANES * VEC)
 
 
-class _Sides:
-    """Hidden states and head of the policy and of the reference.
-
-    Attributes:
-        order: of the rows of all others, when the kept ones were put first.
-        row_weight, others: [T] each.
-    """
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        ref_hidden: torch.Tensor,
-        ref_weight: torch.Tensor,
-        row_weight: torch.Tensor | None,
-        *others: torch.Tensor,
-    ) -> None:
-        self.order = None
-        self.row_weight, self.others = row_weight, others
-        if row_weight is not None and counting(hidden, weight) and counting(ref_hidden, ref_weight):
-            self.order = KeptFirst(row_weight != 0)
-            hidden, ref_hidden = self.order.gathered(hidden), self.order.gathered(ref_hidden)
-            self.row_weight = self.order.gathered(row_weight)
-            self.others = tuple(self.order.gathered(other) for other in others)
-        self.hidden, self.weight = hidden, dense(weight)
-        self.ref_hidden, self.ref_weight = ref_hidden, dense(ref_weight)
-
-    def count(self, rows: slice) -> torch.Tensor | None:
-        return None if self.order is None else self.order.in_chunk(rows)
-
-    def logits(
-        self, chunks: Chunks, rows: slice, block: slice, count: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        policy, reference = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
-        product(self.hidden[rows], self.weight[block].T, policy, count)
-        product(self.ref_hidden[rows], self.ref_weight[block].T, reference, count)
-        return policy, reference
-
-    def in_order(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of a result, in the order that the inputs came in."""
-        return rows if self.order is None else self.order.scattered(rows)
+def _block(
+    logits: Pair,
+    weights: torch.Tensor | None,
+    state: torch.Tensor,
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    first: bool,
+    last: bool,
+    options: Options,
+) -> None:
+    (R, width), stride = logits[0].shape, logits[0].stride(0)
+    lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
+    launch(
+        block_kernel, (R,),
+        *logits, weights, *state, *outputs, width, stride, *options.numbers,
+        num_warps=WARPS, bytes=8 * R * width, cached=8 * R * width,
+        HAS_WEIGHT=weights is not None, HAS_SOFTCAP=options.has_softcap, FIRST=first, LAST=last,
+        LANES=lanes, VEC=vector,
+    )  # fmt: skip
 
 
 def _gradient(
-    logits: tuple[torch.Tensor, torch.Tensor],
+    logits: Pair,
     dz: torch.Tensor,
     first: int,
-    vectors: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
-    softcap: float | None,
-    logit_scale: float,
+    weights: torch.Tensor | None,
+    lse: torch.Tensor,
+    ref_lse: torch.Tensor,
+    factor: torch.Tensor,
+    options: Options,
     cached: bool,
 ) -> None:
     R, width = logits[0].shape
     lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
     launch(
         gradient_kernel, (R,),
-        *logits, dz, *vectors, first, width, logits[0].stride(0), dz.stride(0), softcap or 0.0, logit_scale,
+        *logits, dz, weights, lse, ref_lse, factor, first, width, logits[0].stride(0), dz.stride(0), *options.numbers,
         num_warps=WARPS, bytes=R * width * (8 + dz.element_size()), cached=8 * R * width if cached else 0,
-        HAS_WEIGHT=vectors[0] is not None, HAS_SOFTCAP=softcap is not None, LANES=lanes, VEC=vector,
+        HAS_WEIGHT=weights is not None, HAS_SOFTCAP=options.has_softcap, LANES=lanes, VEC=vector,
     )  # fmt: skip
 
 
-def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty."""
-    (T, H), V = hidden.shape, weight.shape[0]
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_weight)
-    gradient = want_dhidden or want_dweight
-    kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
-    dhidden = hidden.new_empty(T if want_dhidden else 0, H)
-    dweight = WeightGradient(sides.weight, want_dweight)
-    chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET)
-    state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
-    for rows in chunks.slices():
-        weights = None if sides.row_weight is None else sides.row_weight[rows]
-        count = sides.count(rows)
-        for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block, count)
-            (R, width), stride = logits[0].shape, logits[0].stride(0)
-            lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
-            launch(
-                block_kernel, (R,),
-                *logits, weights, *state, kl[rows], lse[rows], ref_lse[rows],
-                width, stride, softcap or 0.0, logit_scale,
-                num_warps=WARPS, bytes=8 * R * width, cached=8 * R * width,
-                HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap is not None,
-                FIRST=block.start == 0, LAST=block.stop == V, LANES=lanes, VEC=vector,
-            )  # fmt: skip
-        if not gradient:
-            continue
-        dz, whole = chunks.dz(rows), slice(0, V)
-        logits = chunks.logits(rows, whole, 0), chunks.logits(rows, whole, 1)
-        vectors = (weights, lse[rows], ref_lse[rows], factor[rows])
-        _gradient(logits, dz, 0, vectors, softcap, logit_scale, cached=False)
-        if want_dhidden:
-            kept = torch.ones_like(kl[rows]) if weights is None else (weights != 0).float()
-            scaled_rows(chunks.times(dz, sides.weight, count), kept, out=dhidden[rows])
-        if want_dweight:
-            dweight.add(dz, sides.hidden[rows], factor[rows], count)
-    kl, lse, ref_lse, dhidden = (sides.in_order(rows) for rows in (kl, lse, ref_lse, dhidden))
-    return kl, lse, ref_lse, dhidden, dweight.result()
-
-
-def backward_weight(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    lse: torch.Tensor,
-    ref_lse: torch.Tensor,
-    row_grad: torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
-) -> torch.Tensor:
-    """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
-    lse, ref_lse = sides.others
-    factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    dweight = WeightGradient(sides.weight)
-    chunks = Chunks(hidden, weight.shape[0], gradient=True, buffers=2)
-    for rows in chunks.slices():
-        dz = chunks.dz(rows)
-        count = sides.count(rows)
-        weights = None if sides.row_weight is None else sides.row_weight[rows]
-        vectors = (weights, lse[rows], ref_lse[rows], factor[rows])
-        for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block, count)
-            _gradient(logits, dz, block.start, vectors, softcap, logit_scale, cached=True)
-        dweight.add(dz, sides.hidden[rows], factor[rows], count)
-    return dweight.result()
+KERNELS = RowKernels(_block, _gradient, scaled_rows, counting)
+forward = functools.partial(chunked.forward, KERNELS)
+backward_weight = functools.partial(chunked.backward_weight, KERNELS)

@@ -1,14 +1,13 @@
-"""What the linear losses share in Triton: products, the memory of a chunk of rows, and the head's gradient."""
+"""What the linear losses share on a GPU: products, the memory of a chunk of rows, and the head's gradient."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from trace_kernels.triton_common import cdiv, record_product, scaled_rows, size_of
-from trace_kernels.triton_matmul import counted_product
+from trace_kernels.recording import cdiv, record_product, size_of
 
 
 def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -43,6 +42,8 @@ def product(
     When accumulating they are the terms of the sum that do not.
     """
     if count is not None:
+        from trace_kernels.triton_matmul import counted_product  # imports Triton
+
         counted_product(a, b, out, count, rows=not accumulate, accumulate=accumulate)
     elif accumulate:
         addmm_float32(out, a, b)
@@ -151,17 +152,22 @@ class Chunks:
         return out
 
 
+#: (rows [R, H], factor [R], out or None) -> factor_t * rows_t, rounded once, and 0 where the factor is 0.
+ScaledRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
 class WeightGradient:
     """The float32 sum over chunks of ``dz^T (factor * hidden)`` [V, H]."""
 
-    def __init__(self, weight: torch.Tensor, wanted: bool = True) -> None:
+    def __init__(self, scaled_rows: ScaledRows, weight: torch.Tensor, wanted: bool = True) -> None:
+        self.scaled_rows = scaled_rows
         self.dtype = weight.dtype
         shape = (weight.shape[0] if wanted else 0, weight.shape[1])
         self.total = torch.empty(shape, dtype=torch.float32, device=weight.device)
         self.empty = True
 
     def add(self, dz: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor, count: torch.Tensor | None) -> None:
-        rows = scaled_rows(hidden, factor)
+        rows = self.scaled_rows(hidden, factor, None)
         if self.empty and count is not None:
             self.total.zero_()
         product(dz.T, rows, self.total, count, accumulate=count is not None or not self.empty)
@@ -173,3 +179,31 @@ class WeightGradient:
             self.total.zero_()
         total: torch.Tensor = self.total
         return total.to(self.dtype)
+
+
+class KeptFirst:
+    """Rows in an order that puts the kept ones first, found without asking the device how many they are.
+
+    Attributes:
+        number: int32 [1], how many are kept.
+    """
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        """kept: [T] bool."""
+        before = kept.cumsum(0)
+        self.number = before[-1:].int() if len(kept) else kept.new_zeros(1, dtype=torch.int32)
+        # A kept row comes after the kept ones before it, a dropped one after all kept and the dropped before it.
+        place = torch.where(kept, before - 1, self.number + (~kept).cumsum(0) - 1)
+        self._order = torch.empty_like(place).scatter_(0, place, torch.arange(len(kept), device=kept.device))
+
+    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.index_select(0, self._order)
+
+    def scattered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Back in the order that they came in; rows of no length stay so."""
+        return torch.empty_like(rows).index_copy_(0, self._order, rows) if len(rows) else rows
+
+    def in_chunk(self, rows: slice) -> torch.Tensor:
+        """int32 [1], how many of the chunk's rows are kept."""
+        count: torch.Tensor = (self.number - rows.start).clamp_(0, rows.stop - rows.start)
+        return count

@@ -1,0 +1,178 @@
+"""`linear_kl` on a GPU: library products and kernels per row, for ``KL(reference || policy)``.
+
+Both logits are made in blocks of columns that fit the L2 cache, in float32; a kernel adds each block to the rows' sums.
+The gradient, a difference of two softmaxes, needs both sums first: with it all blocks of a chunk of rows are kept.
+The backends triton and cuda differ in the row kernels only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trace_kernels.chunks import CHUNK_BYTES, Chunks, KeptFirst, ScaledRows, WeightGradient, dense, product
+
+#: A row needs five times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
+BUDGET = 2 * CHUNK_BYTES
+
+#: A block of the policy's logits and the same of the reference's, [R, columns] float32 with the same strides.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The constants of a call."""
+
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def has_softcap(self) -> bool:
+        return self.softcap is not None
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """As kernels get them: a softcap of 0 is none."""
+        return self.softcap or 0.0, self.logit_scale
+
+
+@dataclass(frozen=True)
+class RowKernels:
+    """The kernels of a backend. weights [R]: 0 drops a row; None keeps all.
+
+    Attributes:
+        block: (logits, weights, state [5, R], (kl, lse, ref_lse), first, last, options): add a block to the rows'
+            states; the last one writes the outputs.
+        gradient: (logits, dz [R, V], first, weights, lse, ref_lse, factor, options, cached): d kl / d (W h) of the
+            columns from `first` on; factor becomes the row's weight, 0 if dropped. `cached`: the logits were just made.
+        scaled_rows: see `ScaledRows`.
+        counting: (hidden, weight): whether products skip dropped rows.
+    """
+
+    block: Callable[
+        [Pair, torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor], bool, bool, Options],
+        None,
+    ]
+    gradient: Callable[..., None]
+    scaled_rows: ScaledRows
+    counting: Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+class _Sides:
+    """Hidden states and head of the policy and of the reference.
+
+    Attributes:
+        order: of the rows of all others, when the kept ones were put first.
+        row_weight, others: [T] each.
+    """
+
+    def __init__(
+        self,
+        counting: Callable[[torch.Tensor, torch.Tensor], bool],
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        ref_hidden: torch.Tensor,
+        ref_weight: torch.Tensor,
+        row_weight: torch.Tensor | None,
+        *others: torch.Tensor,
+    ) -> None:
+        self.order = None
+        self.row_weight, self.others = row_weight, others
+        if row_weight is not None and counting(hidden, weight) and counting(ref_hidden, ref_weight):
+            self.order = KeptFirst(row_weight != 0)
+            hidden, ref_hidden = self.order.gathered(hidden), self.order.gathered(ref_hidden)
+            self.row_weight = self.order.gathered(row_weight)
+            self.others = tuple(self.order.gathered(other) for other in others)
+        self.hidden, self.weight = hidden, dense(weight)
+        self.ref_hidden, self.ref_weight = ref_hidden, dense(ref_weight)
+
+    def count(self, rows: slice) -> torch.Tensor | None:
+        return None if self.order is None else self.order.in_chunk(rows)
+
+    def logits(
+        self, chunks: Chunks, rows: slice, block: slice, count: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        policy, reference = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
+        product(self.hidden[rows], self.weight[block].T, policy, count)
+        product(self.ref_hidden[rows], self.ref_weight[block].T, reference, count)
+        return policy, reference
+
+    def in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a result, in the order that the inputs came in."""
+        return rows if self.order is None else self.order.scattered(rows)
+
+
+def forward(
+    kernels: RowKernels,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    want_dhidden: bool,
+    want_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty."""
+    (T, H), V = hidden.shape, weight.shape[0]
+    options = Options(softcap, logit_scale)
+    sides = _Sides(kernels.counting, hidden, weight, ref_hidden, ref_weight, row_weight)
+    gradient = want_dhidden or want_dweight
+    kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
+    lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
+    dhidden = hidden.new_empty(T if want_dhidden else 0, H)
+    dweight = WeightGradient(kernels.scaled_rows, sides.weight, want_dweight)
+    chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET)
+    state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
+    for rows in chunks.slices():
+        weights = None if sides.row_weight is None else sides.row_weight[rows]
+        count = sides.count(rows)
+        outputs = kl[rows], lse[rows], ref_lse[rows]
+        for block in chunks.blocks():
+            logits = sides.logits(chunks, rows, block, count)
+            kernels.block(logits, weights, state, outputs, block.start == 0, block.stop == V, options)
+        if not gradient:
+            continue
+        dz, whole = chunks.dz(rows), slice(0, V)
+        logits = chunks.logits(rows, whole, 0), chunks.logits(rows, whole, 1)
+        kernels.gradient(logits, dz, 0, weights, lse[rows], ref_lse[rows], factor[rows], options, False)
+        if want_dhidden:
+            kept = torch.ones_like(kl[rows]) if weights is None else (weights != 0).float()
+            kernels.scaled_rows(chunks.times(dz, sides.weight, count), kept, dhidden[rows])
+        if want_dweight:
+            dweight.add(dz, sides.hidden[rows], factor[rows], count)
+    kl, lse, ref_lse, dhidden = (sides.in_order(rows) for rows in (kl, lse, ref_lse, dhidden))
+    return kl, lse, ref_lse, dhidden, dweight.result()
+
+
+def backward_weight(
+    kernels: RowKernels,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    lse: torch.Tensor,
+    ref_lse: torch.Tensor,
+    row_grad: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> torch.Tensor:
+    """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
+    options = Options(softcap, logit_scale)
+    sides = _Sides(kernels.counting, hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
+    lse, ref_lse = sides.others
+    factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    dweight = WeightGradient(kernels.scaled_rows, sides.weight)
+    chunks = Chunks(hidden, weight.shape[0], gradient=True, buffers=2)
+    for rows in chunks.slices():
+        dz = chunks.dz(rows)
+        count = sides.count(rows)
+        weights = None if sides.row_weight is None else sides.row_weight[rows]
+        for block in chunks.blocks():
+            logits = sides.logits(chunks, rows, block, count)
+            kernels.gradient(logits, dz, block.start, weights, lse[rows], ref_lse[rows], factor[rows], options, True)
+        dweight.add(dz, sides.hidden[rows], factor[rows], count)
+    return dweight.result()

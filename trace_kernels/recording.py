@@ -1,0 +1,58 @@
+"""Collecting what a call would launch and multiply, with its bytes and FLOPs, instead of running it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Product:
+    """One library matrix product of such a run: what it computes and moves at the least."""
+
+    flops: int
+    bytes: int
+
+
+_recorded: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Any]]:
+    """Collect launches and products instead of running them: for meta tensors, whose results nobody can see."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def is_recording() -> bool:
+    return _recorded is not None
+
+
+def record(item: Any) -> None:
+    """Add a launch or a product to what is being collected."""
+    assert _recorded is not None
+    _recorded.append(item)
+
+
+def record_product(flops: int, bytes: int) -> bool:
+    """Whether launches are recorded, and then the product is too."""
+    if _recorded is not None:
+        _recorded.append(Product(flops, bytes))
+    return _recorded is not None
+
+
+def size_of(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the elements of `tensors`."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
