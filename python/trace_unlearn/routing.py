@@ -427,6 +427,8 @@ class RoutingRecorder:
         if table is None:
             return None
         shape = [len(self.layers), self._num_experts]
+        if not isinstance(table, torch.Tensor):
+            raise UserError(f"table: got {type(table).__name__}, allowed is a tensor [L, E] = {shape} for this model")
         if list(table.shape) != shape:
             raise UserError(f"table: got shape {list(table.shape)}, allowed is [L, E] = {shape} for this model")
         table = table.detach().float()
