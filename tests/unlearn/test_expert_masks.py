@@ -1,7 +1,7 @@
 import pytest
 import tiny
 import torch
-from runs import V, assert_same_run, trainer
+from tiny_runs import V, assert_same_run, trainer
 
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError

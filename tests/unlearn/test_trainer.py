@@ -1,7 +1,7 @@
 import pytest
 import tiny
 import torch
-from runs import V, assert_same_run, documents, history, parameters, trainer
+from tiny_runs import V, assert_same_run, documents, history, parameters, trainer
 from transformers import AutoModelForCausalLM
 
 from trace_unlearn import checkpoints

@@ -2,7 +2,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from runs import V, assert_same_run, documents, history, parameters, trainer
+from tiny_runs import V, assert_same_run, documents, history, parameters, trainer
 from transformers import TrainingArguments
 
 from trace_unlearn import checkpoints
