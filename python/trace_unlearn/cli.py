@@ -7,6 +7,7 @@ imported only when its verb is asked for. A verb whose flags are not simply the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -14,9 +15,11 @@ import inspect
 import itertools
 import os
 import re
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,26 @@ VERBS = {
 }
 
 
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Raises an interrupt again that came while an object was being deleted, where Python prints and forgets it."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # From another thread, a moment later: here it would be printed and forgotten too.
+            main_thread = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -67,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return _fail(PROGRAM, f"unknown verb {name!r}, allowed are {', '.join(VERBS)}{hint}")
     try:
-        run_verb(name, rest)
+        with _interrupts_kept():
+            run_verb(name, rest)
     except UserError as error:
         return _fail(f"{PROGRAM} {name}", str(error))
     except KeyboardInterrupt:

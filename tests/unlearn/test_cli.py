@@ -133,6 +133,20 @@ def test_interrupted(verb, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_an_interrupt_while_an_object_is_deleted_is_not_lost(verb, capsys):
+    class Deleted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def action(options):
+        Deleted()
+        time.sleep(10)
+
+    verb.action = action
+    assert cli.main(["fake", "--model", "m"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_help_of_a_verb_shows_the_fields_docs(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["fake", "--help"])
