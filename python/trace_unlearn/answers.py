@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import datasets
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn.data import collate
 from trace_unlearn.encoding import IGNORE_INDEX
+from trace_unlearn.metrics import rouge_l
 
 STOPS = ("\n\n", "\nQuestion:")  # a model that goes on after its answer; not used on references that hold them
 
@@ -96,15 +95,14 @@ def _rouge(
     label: str,
     progress: bool,
 ) -> dict[str, Any]:
-    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=Words())
     recall, f1 = 0.0, 0.0
     with tqdm(total=len(rows), desc=f"{label}: generation", unit=" rows", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             for row, text in zip(some, _generate(model, tokenizer, some, max_new_tokens), strict=True):
-                score = scorer.score(row.answer, text)["rougeL"]
+                score = rouge_l(row.answer, text)
                 recall += score.recall
-                f1 += score.fmeasure
+                f1 += score.f1
             bar.update(len(some))
     return {"generated": len(rows), "rouge_l_recall": recall / len(rows), "rouge_l_f1": f1 / len(rows)}
 
@@ -146,16 +144,3 @@ def _cut(text: str, answer: str) -> str:
 
 def _listed(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
-
-
-class Words:
-    """Splits text for ROUGE: as rouge-score does on ASCII; other letters count too, and each CJK sign is a word.
-
-    >>> Words().tokenize("The Café's 2nd, 東京")
-    ['the', 'café', 's', '2nd', '東', '京']
-    """
-
-    pattern = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-
-    def tokenize(self, text: str) -> list[str]:
-        return self.pattern.findall(text.lower())

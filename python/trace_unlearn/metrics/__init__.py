@@ -1,0 +1,24 @@
+"""What is computed from log-probabilities and texts: pure functions, no model. docs/evaluation.md has the definitions."""
+
+from trace_unlearn.metrics.membership import auc, min_k, priv_leak
+from trace_unlearn.metrics.memorization import exact_memorization, extraction_strength
+from trace_unlearn.metrics.overlap import RougeL, rouge_l
+from trace_unlearn.metrics.statistics import harmonic_mean, ks_p_value
+from trace_unlearn.metrics.truth import answer_probability, forgotten, option_probability, true_better, truth_ratio
+
+__all__ = [
+    "RougeL",
+    "answer_probability",
+    "auc",
+    "exact_memorization",
+    "extraction_strength",
+    "forgotten",
+    "harmonic_mean",
+    "ks_p_value",
+    "min_k",
+    "option_probability",
+    "priv_leak",
+    "rouge_l",
+    "true_better",
+    "truth_ratio",
+]
