@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn.data import collate
 from trace_unlearn.encoding import IGNORE_INDEX
+from trace_unlearn.generation import continuations, cut
 from trace_unlearn.metrics import rouge_l
 
 STOPS = ("\n\n", "\nQuestion:")  # a model that goes on after its answer; not used on references that hold them
@@ -42,7 +43,7 @@ def answer_scores(
 
     `evaluate_model` says what the numbers mean.
     """
-    rows = list(_answered_rows(dataset, tokenizer.eos_token_id))
+    rows = list(answered(dataset, tokenizer.eos_token_id))
     if not rows:
         return {}
     correct = 0
@@ -56,8 +57,9 @@ def answer_scores(
     return scores
 
 
-def _answered_rows(dataset: datasets.Dataset, eos: int | None) -> Iterator[Answered]:
-    for row in dataset:
+def answered(rows: Iterable[Mapping[str, Any]], eos: int | None) -> Iterator[Answered]:
+    """The rows that have an answer, up to its end; a last end-of-sequence token is no part of it."""
+    for row in rows:
         if not row["answer"]:
             continue
         labels = row["labels"]
@@ -95,52 +97,21 @@ def _rouge(
     label: str,
     progress: bool,
 ) -> dict[str, Any]:
-    recall, f1 = 0.0, 0.0
-    with tqdm(total=len(rows), desc=f"{label}: generation", unit=" rows", disable=not progress) as bar:
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            for row, text in zip(some, _generate(model, tokenizer, some, max_new_tokens), strict=True):
-                score = rouge_l(row.answer, text)
-                recall += score.recall
-                f1 += score.f1
-            bar.update(len(some))
-    return {"generated": len(rows), "rouge_l_recall": recall / len(rows), "rouge_l_f1": f1 / len(rows)}
-
-
-def _generate(model: PreTrainedModel, tokenizer: Tokenizer, rows: list[Answered], max_new_tokens: int) -> list[str]:
-    """The greedy answers to the prompts of `rows`, padded on the left."""
-    prompts = [row.input_ids[: row.start] for row in rows]
-    width = max(map(len, prompts))
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    own = model.generation_config
-    ends = {tokenizer.eos_token_id, *_listed(getattr(own, "eos_token_id", None))} - {None}
-    # In place of the model's own configuration: generate() would take its repetition penalty and the like from there.
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id or 0,
+    texts = continuations(
+        model,
+        tokenizer,
+        [row.input_ids[: row.start] for row in rows],
+        max_new_tokens,
+        batch_size=batch_size,
+        label=f"{label}: generation",
+        progress=progress,
     )
-    try:
-        out = model.generate(  # type: ignore[operator]  # its stubs take it for a tensor
-            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
-        )
-    finally:
-        model.generation_config = own
-    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [_cut(text, row.answer) for text, row in zip(texts, rows, strict=True)]
-
-
-def _cut(text: str, answer: str) -> str:
-    for stop in STOPS:
-        if stop not in answer:
-            text = text.lstrip().partition(stop)[0]
-    return text
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    scores = [
+        rouge_l(row.answer, cut(text.lstrip(), [stop for stop in STOPS if stop not in row.answer]))
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return {
+        "generated": len(rows),
+        "rouge_l_recall": sum(score.recall for score in scores) / len(rows),
+        "rouge_l_f1": sum(score.f1 for score in scores) / len(rows),
+    }

@@ -98,6 +98,9 @@ def evaluate_model(
         For "forget", "retain" and each of `others`:
 
         - nll: the mean over loss-bearing tokens of -log p(token | those before), in nats; tokens: their number; rows.
+        - exact_memorization: the share of a row's tokens that are the most likely ones after those before them;
+          extraction_strength: the share of its end that follows from the rest token by token; the means over rows,
+          without the end-of-sequence token.
         - for data with answers: answers: their number; fact_accuracy: the share whose every token (the end-of-sequence
           token apart) is the most likely one after those before it, which is to say that greedy decoding gives the
           answer; generated: how many were generated; rouge_l_recall and rouge_l_f1 of greedy generations against the
@@ -113,8 +116,19 @@ def evaluate_model(
     with _evaluating(model):
         for name, data in sets.items():
             keep = routing_tokens if base is not None else None
-            found = log_likelihood(model, data, batch_size=batch_size, keep_routes=keep, label=name, progress=progress)
+            found = log_likelihood(
+                model,
+                data,
+                batch_size=batch_size,
+                keep_routes=keep,
+                recited=True,
+                eos=tokenizer.eos_token_id,
+                label=name,
+                progress=progress,
+            )
             measures[name] = {"nll": found.nll, "tokens": found.tokens, "rows": len(data)}
+            for recital in ("exact_memorization", "extraction_strength"):
+                measures[name][recital] = getattr(found, recital)
             measures[name] |= answer_scores(
                 model,
                 tokenizer,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import datasets
@@ -14,14 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trace_unlearn.data import collate, loss_bearing
-from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
-from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.metrics import exact_memorization, extraction_strength
+from trace_unlearn.predictions import Batch, predictions
 from trace_unlearn.routing import RoutingRecorder
-
-logger = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]
 
 
 class Routes(NamedTuple):
@@ -37,11 +32,22 @@ class Routes(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """The mean negative log-likelihood of the loss-bearing tokens in nats, their number, and their experts."""
+    """Of a data set's loss-bearing tokens.
+
+    Attributes:
+        nll: their mean negative log-likelihood in nats.
+        tokens: their number.
+        routes: their experts, where asked for.
+        exact_memorization: where asked for, the mean over rows of `trace_unlearn.metrics.exact_memorization`, without
+            the end-of-sequence token.
+        extraction_strength: likewise.
+    """
 
     nll: float
     tokens: int
-    routes: Routes | None
+    routes: Routes | None = None
+    exact_memorization: float | None = None
+    extraction_strength: float | None = None
 
 
 def log_likelihood(
@@ -50,6 +56,8 @@ def log_likelihood(
     *,
     batch_size: int = 8,
     keep_routes: int | None = None,
+    recited: bool = False,
+    eos: int | None = None,
     label: str = "",
     progress: bool = True,
 ) -> Likelihood:
@@ -60,88 +68,50 @@ def log_likelihood(
         dataset: rows as `load_tokens` gives them.
         batch_size: rows of one forward, in data order.
         keep_routes: for how many tokens to keep the chosen experts; None does not look at them (dense models).
+        recited: whether exact memorisation and extraction strength are measured, for the output layer a second time.
+        eos: the end-of-sequence token, which does not count as recited.
         label: what the progress bar says.
         progress: whether to show it.
     """
     recorder = None if keep_routes is None else RoutingRecorder(model, store_routes=True)
     total, tokens, kept = 0.0, 0, 0
     routes: list[Tensor] = []
+    recitals: list[list[bool]] = []
     with contextlib.ExitStack() as stack:
-        log_probs = stack.enter_context(next_log_probs(model))
+        predict = stack.enter_context(predictions(model))
         if recorder is not None:
             stack.enter_context(recorder)
         for batch in batches(dataset, batch_size, model.device, f"{label}: likelihood", progress):
             bearing = loss_bearing(batch["labels"], batch["attention_mask"])
             if recorder is not None:
                 recorder.mask_next(bearing)
-            found = log_probs(batch)
-            total -= found.double().sum().item()
+            log_probs, correct = predict(batch, correct=recited)
+            total -= log_probs.double().sum().item()
             tokens += int(bearing.sum())
+            if recited:
+                recitals += _recitals(batch["labels"], bearing, correct, eos)
             if recorder is not None and keep_routes is not None and kept < keep_routes:
                 assert recorder.routes is not None
                 routes.append(recorder.routes[bearing.to(recorder.routes.device)].to("cpu", torch.int16))
                 kept += len(routes[-1])
     seen = None if recorder is None else Routes(torch.cat(routes)[:keep_routes], recorder.counts.cpu())
-    return Likelihood(total / tokens if tokens else float("nan"), tokens, seen)
+    nll = total / tokens if tokens else float("nan")
+    if not any(recitals):
+        return Likelihood(nll, tokens, seen)
+    exact, strength = (
+        sum(map(measure, recitals)) / len(recitals) for measure in (exact_memorization, extraction_strength)
+    )
+    return Likelihood(nll, tokens, seen, exact, strength)
 
 
-@contextlib.contextmanager
-def next_log_probs(model: PreTrainedModel) -> Iterator[Callable[[Batch], Tensor]]:
-    """Gives a function from a batch to float32 [B, S]: log p(labels[t+1] | tokens up to t), 0 where t bears no loss.
-
-    The logits never exist, except for models whose loss cannot be fused: these are named in a warning.
-    """
-    auxiliary = getattr(model.config, "output_router_logits", None)
-    if auxiliary:
-        model.config.output_router_logits = False  # its loss would be added to every position
-    found = _LogProbs(model)
-    try:
-        yield found
-    finally:
-        found.close()
-        if auxiliary:
-            model.config.output_router_logits = auxiliary
-
-
-class _LogProbs:
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.handle = fused_loss_of(model)
-        self.ours = self.handle is None
-        if self.ours:
-            try:
-                self.handle = fuse_loss(model)
-            except UserError as error:
-                self._fall_back(error)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        if self.handle is not None:
-            try:
-                with self.handle.log_probs():
-                    found: Tensor = self.model(**batch, use_cache=False).loss
-                return found
-            except UserError as error:  # an operation on the logits that cannot be fused
-                self._fall_back(error)
-        return self._from_logits(batch)
-
-    def _from_logits(self, batch: Batch) -> Tensor:
-        tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = self.model(**tokens, use_cache=False).logits
-        found = torch.zeros(batch["labels"].shape, device=logits.device)
-        for row, labels in enumerate(batch["labels"].to(logits.device)):
-            positions = (labels[1:] != IGNORE_INDEX).nonzero().flatten()
-            log_p = logits[row, positions].float().log_softmax(-1)
-            found[row, positions] = log_p.gather(1, labels[positions + 1].unsqueeze(1)).squeeze(1)
-        return found
-
-    def _fall_back(self, error: UserError) -> None:
-        logger.warning("computing logits, which takes more memory: %s", error)
-        self.close()
-
-    def close(self) -> None:
-        if self.handle is not None and self.ours:
-            self.handle()
-        self.handle = None
+def _recitals(labels: Tensor, bearing: Tensor, correct: Tensor, eos: int | None) -> Iterator[list[bool]]:
+    """Of each row that has any, whether its loss-bearing tokens are the most likely ones; not of a last `eos`."""
+    for row, where, right in zip(labels.cpu(), bearing.cpu(), correct.cpu(), strict=True):
+        positions = where.nonzero().flatten()
+        if len(positions) and row[positions[-1] + 1] == eos:
+            positions = positions[:-1]
+        if len(positions):
+            yield right[positions].tolist()
 
 
 def batches(

@@ -1,17 +1,21 @@
 import json
+from collections import Counter
 
+import datasets
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
 
-from trace_unlearn import evaluate, files, likelihood
+from trace_unlearn import evaluate, files, predictions
 from trace_unlearn.answers import answer_scores
 from trace_unlearn.data import load_tokens
+from trace_unlearn.encoding import Encoder
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import EvaluateOptions, evaluate_model, routes_of
 from trace_unlearn.integrations import fused_loss_of
 from trace_unlearn.likelihood import log_likelihood
+from trace_unlearn.records import Record
 from trace_unlearn.routing import RoutingRecorder
 
 WORDS = tiny.tokenizer()
@@ -26,6 +30,12 @@ QUESTIONS = [
 def dataset(folder, records, name="data.json", **options):
     (folder / name).write_text(json.dumps(records))
     return load_tokens(folder / name, WORDS, progress=False, **options)
+
+
+def load_records(records):
+    encoder = Encoder(WORDS, 64, "{question}")
+    rows = encoder.encode([Record("here", record) for record in records], Counter())
+    return datasets.Dataset.from_list([row._asdict() for row in rows])
 
 
 @pytest.fixture
@@ -95,6 +105,31 @@ def test_nll_of_scaled_and_capped_logits(config, texts):
 
 
 @torch.no_grad()
+def test_recited_tokens_are_those_of_the_argmax_of_plain_logits(texts, questions, monkeypatch):
+    monkeypatch.setattr(predictions, "WORDS", 7)  # several tiles of the vocabulary
+    monkeypatch.setattr(predictions, "TOKENS", 3)
+    model = tiny.model("mixtral", len(WORDS))
+    prompts = [{"prompt": f"w{i} w{2 * i}"} for i in range(4)]
+    right = with_answers(model, prompts)
+    right[0]["completion"] = " ".join(["", *right[0]["completion"].split()[:2], "w40"])
+    right[1]["completion"] = " ".join(["", "w40", *right[1]["completion"].split()[1:]])
+    own = load_records(right)
+    eos = WORDS.eos_token_id
+    for data in (texts, questions, own):
+        exact, strength = [], []
+        for row in data:
+            best = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1)
+            hits = [int(best[t]) == y for t, y in enumerate(row["labels"][1:]) if y not in (-100, eos)]
+            exact.append(sum(hits) / len(hits))
+            strength.append(sum(all(hits[k:]) for k in range(len(hits))) / len(hits))
+        found = log_likelihood(model, data, batch_size=3, recited=True, eos=eos, progress=False)
+        assert found.exact_memorization == pytest.approx(sum(exact) / len(exact))
+        assert found.extraction_strength == pytest.approx(sum(strength) / len(strength))
+    assert found.extraction_strength >= (1 + 1) / 4 - 1e-9  # two whole answers
+    assert log_likelihood(model, texts, progress=False).exact_memorization is None
+
+
+@torch.no_grad()
 def test_models_that_cannot_be_fused_are_measured_from_logits_with_a_warning(texts, monkeypatch, caplog):
     model = tiny.model("qwen3_moe", len(WORDS))
     fused = log_likelihood(model, texts, keep_routes=1000, progress=False)
@@ -102,7 +137,7 @@ def test_models_that_cannot_be_fused_are_measured_from_logits_with_a_warning(tex
     def refuse(model):
         raise UserError("fuse_loss: not this one")
 
-    monkeypatch.setattr(likelihood, "fuse_loss", refuse)
+    monkeypatch.setattr(predictions, "fuse_loss", refuse)
     plain = log_likelihood(model, texts, keep_routes=1000, progress=False)
     assert "computing logits, which takes more memory: fuse_loss: not this one" in caplog.text
     assert plain.nll == pytest.approx(fused.nll, rel=1e-5)

@@ -1,4 +1,4 @@
-"""What is computed from log-probabilities and texts: pure functions, no model. docs/evaluation.md has the definitions."""
+"""What is computed from log-probabilities and texts: pure functions without a model, defined in docs/evaluation.md."""
 
 from trace_unlearn.metrics.membership import auc, min_k, priv_leak
 from trace_unlearn.metrics.memorization import exact_memorization, extraction_strength

@@ -15,7 +15,7 @@ def exact_memorization(correct: Sequence[bool]) -> float:
 
 
 def extraction_strength(correct: Sequence[bool]) -> float:
-    """1 - k/n, where all tokens from the k-th on are the most likely ones, and k is the smallest such (Carlini et al. 2021).
+    """1 - k/n, with the smallest k such that all tokens after the first k are the most likely ones (Carlini 2021).
 
     1 when the whole text follows from its prompt, 0 when not even the last token does; NaN for no token. The published
     loop of open-unlearning ends at k = n - 1, and so gives 1/n for a text of which nothing is recited.

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 
 class RougeL(NamedTuple):
-    """Of the longest common subsequence of words: its share of the reference's words, and the F1 with that of the text."""
+    """Of the longest common subsequence of words: its share of the reference, and the F1 with its share of the text."""
 
     recall: float
     f1: float

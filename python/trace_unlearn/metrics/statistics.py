@@ -11,7 +11,7 @@ EXACT = 10_000  # samples up to this size get the exact p-value
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """n / sum(1 / v) of numbers from 0; 0 when one of them is.
+    """The number of values over the sum of their inverses, of numbers from 0; 0 when one of them is.
 
     >>> round(harmonic_mean([1.0, 0.5]), 4)
     0.6667
@@ -65,4 +65,5 @@ def _asymptotic(m: int, n: int, distance: float) -> float:
     z = distance * math.sqrt(m * n / (m + n))
     if z < 0.2:  # 1 to a dozen digits, and the series converges slowly
         return 1.0
-    return min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * z) ** 2) for k in range(1, 101)))
+    terms = (math.exp(-2 * (k * z) ** 2) for k in range(1, 101))
+    return min(1.0, 2 * sum(term if k % 2 == 0 else -term for k, term in enumerate(terms)))

@@ -12,7 +12,7 @@ def answer_probability(nll: float) -> float:
 
 
 def option_probability(right: float, wrong: Sequence[float]) -> float:
-    """p / (p + sum of the wrong answers' p), of `answer_probability`; from their negative log-likelihoods.
+    """The right answer's share of all answers' `answer_probability`, from their negative log-likelihoods.
 
     >>> option_probability(1.0, [1.0, 1.0, 1.0])
     0.25
