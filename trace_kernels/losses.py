@@ -11,6 +11,9 @@ import torch
 from trace_kernels import triton_backend, validate
 
 REDUCTIONS = ("mean", "sum", "none")
+#: What backends take for a target that is a class of probability 0: logp is -inf, its gradients those of -logsumexp.
+#: Where the vocabulary is split, another process has the class (vocabulary.py).
+NO_LABEL = -(2**62)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

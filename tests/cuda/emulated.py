@@ -88,10 +88,12 @@ def load(path):
 
 def main(path, op, *wanted):
     import torch
+    from no_label import no_label_problems
 
     from trace_kernels.backends import BackendError
     from trace_kernels.conformance import discover, errors, run
     from trace_kernels.cuda_backend import emulation
+    from trace_kernels.ops.linear_cross_entropy import cuda
 
     # Fills what torch.empty returns with NaN: an output that no thread wrote shows.
     torch.use_deterministic_algorithms(True)
@@ -114,6 +116,16 @@ def main(path, op, *wanted):
                 except RuntimeError as error:
                     record["problems"] = [str(error)]
             print(json.dumps(record), flush=True)
+    if op == "linear_log_prob" and not wanted:
+        for order in ORDERS:
+            module.set_order(order, 0)
+            with emulation(module):
+                problems = [
+                    f"{dtype}: {problem}"
+                    for dtype in (torch.bfloat16, torch.float16)
+                    for problem in no_label_problems(cuda.forward, cuda.backward_weight, dtype)
+                ]
+            print(json.dumps({"case": "no_label", "order": order, "problems": problems, "refused": ""}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import traceback
 
 import pytest
 import torch
+from no_label import no_label_problems
 
 from trace_kernels import chunks as chunk_memory
 from trace_kernels.chunks import KeptFirst
@@ -102,6 +103,14 @@ def blocks_and_chunks_of_linear_cross_entropy():
         linear_cross_entropy(torch.bfloat16, bias=True, softcap=None)
         linear_cross_entropy(torch.float32, bias=False, softcap=30.0)
         linear_cross_entropy(torch.float16, bias=False, softcap=30.0)
+
+
+@check
+def a_label_of_another_slice_has_probability_0():
+    with small_memory(rows=4):
+        for dtype in (torch.bfloat16, torch.float16):
+            problems = no_label_problems(linear.forward, linear.backward_weight, dtype)
+            assert problems == [], problems
 
 
 @check

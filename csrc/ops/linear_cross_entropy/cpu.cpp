@@ -24,7 +24,7 @@ namespace {
 struct Problem {
   Rows hidden, weight;
   int64_t num_rows, H, V;  // rows that count
-  const int64_t* target;   // [num_rows]
+  const int64_t* target;   // [num_rows]; outside [0, V): no class, which takes part in nothing
   LogitMap map;
 };
 
@@ -99,6 +99,12 @@ class Forward {
     auto* sum = memory_.at<float>(mine.sum);
     std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
     std::fill(sum, sum + rows, 0.0f);
+    if (member == 0) {  // what a target that is no class keeps: a probability of 0
+      auto* logit = memory_.at<float>(shared.target_logit);
+      std::fill(logit, logit + rows, -std::numeric_limits<float>::infinity());
+      auto* slope = memory_.at<float>(shared.target_slope);
+      std::fill(slope, slope + rows, 0.0f);
+    }
     barrier.wait(members);
 
     const Range range = member_columns(p_.V, member, members);
@@ -177,7 +183,8 @@ class Forward {
     for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(-scale * beta[i] / total);
     const float alpha = static_cast<float>(scale * others / total * memory_.at<float>(shared.target_slope)[r]);
     const int64_t bytes = bytes_of(p_.weight.type);
-    const char* row = static_cast<const char*>(p_.weight.data) + p_.target[r0 + r] * p_.weight.stride * bytes;
+    const int64_t target = p_.target[r0 + r], column = target >= 0 && target < p_.V ? target : 0;
+    const char* row = static_cast<const char*>(p_.weight.data) + column * p_.weight.stride * bytes;
     kernels_.combine_row(parts, beta, used, row, alpha, p_.H, p_.weight.type,
                          static_cast<char*>(out_.dhidden) + at * p_.H * bytes);
   }

@@ -12,6 +12,9 @@ namespace {
 // How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
 constexpr float kLag = 40.0f;
 
+// A target that is a class of probability 0: another rank's, where the vocabulary is split (losses.py).
+constexpr int64_t kNoLabel = -(int64_t{1} << 62);
+
 // A block [R, width] of the logits, columns first ... first + width of V. Rows of logits start on 16 bytes, those of dz
 // on 8, and `first` is a multiple of kStep.
 struct Block {
@@ -24,6 +27,7 @@ struct Block {
   int64_t ignore_index;
   LogitMap map;
 
+  __device__ __forceinline__ bool no_label(int64_t row) const { return target[row] == kNoLabel; }
   __device__ __forceinline__ bool kept(int64_t row) const {
     return target[row] != ignore_index && (row_weight == nullptr || row_weight[row] != 0.0f);
   }
@@ -138,7 +142,8 @@ __global__ void __launch_bounds__(kRowThreads)
     if (factor != nullptr) factor[row] = 0.0f;
     return;
   }
-  const Mapped label = map_logit<SOFTCAP>(state.label_logit[row], p.map);
+  Mapped label = map_logit<SOFTCAP>(state.label_logit[row], p.map);
+  if (p.no_label(row)) label.x = -INFINITY;
   const float reference = state.reference[row], others = state.others[row];
   Softmax rest;
   rest.maximum = reference;
@@ -170,7 +175,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const float normalizer = lse[row];
   if (thread == 0) {
     const float weight = scale ? p.row_weight[row] : 1.0f;
-    factor[row] = target >= 0 && target < p.num_classes ? weight : NAN;
+    factor[row] = (target >= 0 && target < p.num_classes) || p.no_label(row) ? weight : NAN;
   }
   for (int column = thread * kStep; column < p.width; column += kTile) {
     Mapped mapped[kStep];

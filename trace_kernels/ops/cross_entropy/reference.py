@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.losses import compute_dtype
+from trace_kernels.losses import NO_LABEL, compute_dtype
 
 
 def transform(logits: torch.Tensor, softcap: float | None, logit_scale: float) -> torch.Tensor:
@@ -27,11 +27,14 @@ def kept_rows(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_inde
 
 
 def log_prob(z: torch.Tensor, target: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T] log-probability of the target and [T] logsumexp; 0 in rows not kept, NaN where the target is no class."""
+    """[T] log-probability of the target and [T] logsumexp; 0 in rows not kept, NaN where the target is no class.
+
+    A target of NO_LABEL is a class of probability 0.
+    """
     valid = (target >= 0) & (target < z.shape[1])
     lse = torch.logsumexp(z, dim=1)
     picked = z.gather(1, torch.where(valid, target, 0)[:, None])[:, 0]
-    logp = torch.where(valid, picked - lse, torch.nan)
+    logp = torch.where(valid, picked - lse, torch.nan).masked_fill(target == NO_LABEL, -torch.inf)
     return torch.where(kept, logp, 0), torch.where(kept, lse, 0)
 
 
@@ -39,7 +42,7 @@ def log_prob_dz(z: torch.Tensor, target: torch.Tensor, lse: torch.Tensor) -> tor
     """[T, V] d logp_t / d z_t: the target's one-hot row less the softmax."""
     valid = (target >= 0) & (target < z.shape[1])
     dz = -torch.exp(z - lse[:, None])
-    one = torch.where(valid, 1.0, torch.nan).to(dz.dtype)
+    one = torch.where(valid, 1.0, torch.nan).to(dz.dtype).masked_fill(target == NO_LABEL, 0)
     return dz.scatter_add_(1, torch.where(valid, target, 0)[:, None], one[:, None])
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from trace_kernels import cuda_backend, losses, triton_backend, validate
+from trace_kernels import cuda_backend, losses, triton_backend, validate, vocabulary
 from trace_kernels.backends import OpBackends
+from trace_kernels.ops.cross_entropy.reference import kept_rows
 from trace_kernels.ops.linear_cross_entropy import cuda, native, reference
 
 backends = OpBackends("linear_cross_entropy")
@@ -41,6 +43,7 @@ def linear_log_prob(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    group: Any = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     r"""Log-probability of every target under a language-model head, without materialising the logits.
@@ -64,6 +67,7 @@ def linear_log_prob(
         ignore_index: a target that is not scored.
         softcap: finite, above 0.
         logit_scale: finite; 1 / temperature.
+        group: None, or a ProcessGroup or DeviceMesh over which the vocabulary is split; see linear_cross_entropy.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -83,6 +87,7 @@ def linear_log_prob(
         >>> tk.linear_log_prob(hidden, weight, torch.tensor([0, 3, -100])).exp().tolist()
         [0.25, 0.25, 1.0]
     """
+    weight, bias, group_name = vocabulary.local_head(weight, bias, group)
     check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
     losses.check_same_dtype("weight", weight, hidden.dtype, "hidden")
@@ -91,7 +96,9 @@ def linear_log_prob(
         log_prob_backends.select(backend, hidden.device, hidden, weight, bias)
     softcap = None if softcap is None else float(softcap)
     rows = hidden.reshape(target.numel(), hidden.shape[-1])
-    logp = per_token(rows, weight, bias, target.reshape(-1), None, ignore_index, softcap, float(logit_scale), backend)
+    logp = per_token(
+        rows, weight, bias, target.reshape(-1), None, ignore_index, softcap, float(logit_scale), group_name, backend
+    )
     return logp.view(target.shape)
 
 
@@ -126,14 +133,17 @@ def per_token(
     ignore_index: int,
     softcap: float | None,
     logit_scale: float,
+    group_name: str | None,
     backend: str,
 ) -> torch.Tensor:
     """[T] log-probabilities, differentiable; rows of weight 0 are dropped, the other weights do not matter."""
     bias = None if bias is None else bias.to(losses.compute_dtype(hidden.dtype)).contiguous()
-    logp: torch.Tensor = linear_log_prob_op(
+    arguments = (
         hidden, weight, bias, target.contiguous(), row_weight, ignore_index, softcap, logit_scale,
         needs_gradient(hidden), backend,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    outputs = linear_log_prob_op(*arguments) if group_name is None else linear_log_prob_split(*arguments, group_name)
+    logp: torch.Tensor = outputs[0]
     return logp
 
 
@@ -177,6 +187,11 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.group_name = None
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, bias, target, row_weight, *ctx.options, _, ctx.backend = inputs
     logp, lse, dhidden = output
     ctx.mark_non_differentiable(lse, dhidden)
@@ -189,13 +204,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
     logp, dhidden, row_weight, hidden, weight, bias, target, lse = ctx.saved_tensors
-    none = (None,) * 7
+    none = (None,) * (7 if ctx.group_name is None else 8)
     if grad is None:
         return None, None, None, *none
     if row_weight is not None:
         grad = torch.where(row_weight == 0, 0, grad)
     grad = grad.contiguous()
     grad_hidden = losses.scale_stash(dhidden, grad, logp) if ctx.needs_input_grad[0] else None
+    if grad_hidden is not None and ctx.group_name is not None:
+        grad_hidden = vocabulary.sum_over_group(grad_hidden, ctx.group_name)
     if weight is None:
         return grad_hidden, None, None, *none
     grad_weight, grad_bias = linear_log_prob_backward_weight(
@@ -210,6 +227,84 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
 
 
 linear_log_prob_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("trace_kernels::linear_log_prob_split", mutates_args=())
+def linear_log_prob_split(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    want_dhidden: bool,
+    backend: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`linear_log_prob_op` where weight and bias are this process's slices; also the target's place in it.
+
+    With a its share of the row's probability, a slice without the target has the gradient a * d(-lse_r), which is a
+    times the backend's. For the slice with the target it is ``d z_target - a * dlse_r = a * dlogp_r + (1 - a) *
+    dz_target``, of which the last is a row of the weight: no second pass over it.
+    """
+    slices = vocabulary.Slices(weight.shape[0], hidden.device, group_name)
+    slices.check_target(target, ignore_index)
+    local_target = slices.local_target(target, ignore_index)
+    with losses.without_autocast(hidden.device):
+        functions = backends.select(backend, hidden.device, hidden, weight, bias)
+        options = (vocabulary.IGNORED, softcap, logit_scale, want_dhidden, False)
+        logp, lse, dhidden, _, _ = functions.forward(hidden, weight, bias, local_target, row_weight, *options)
+        kept = kept_rows(local_target, row_weight, vocabulary.IGNORED)
+        all_lse, all_logp = vocabulary.gathered(torch.stack([lse, logp]), group_name).unbind(1)
+        owner = slices.owner(target)
+        here = all_lse.gather(0, owner[None])[0]
+        # Of what the owner says, a small loss keeps its digits.
+        combined = all_logp.gather(0, owner[None])[0] - F.softplus(vocabulary.others(all_lse, owner) - here)
+        valid = slices.valid(target)
+        total = torch.where(valid, torch.logsumexp(all_lse, dim=0), torch.nan)
+        if want_dhidden:
+            share = torch.where(kept, torch.exp(lse - total), 0)
+            rest = torch.exp(vocabulary.others(all_lse, slices.rank) - total) * logit_scale
+            if softcap is not None:
+                rest = rest * (1 - ((logp + lse) / softcap) ** 2)
+            mine = kept & (local_target >= 0)
+            rows = weight.index_select(0, torch.where(mine, local_target, 0))
+            corrected = torch.addcmul(dhidden * share[:, None], rows.to(lse.dtype), torch.where(mine, rest, 0)[:, None])
+            dhidden = corrected.to(hidden.dtype)
+    logp = torch.where(kept, torch.where(valid, combined, torch.nan), 0)
+    return logp, torch.where(kept, total, 0), dhidden, local_target
+
+
+@linear_log_prob_split.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    want_dhidden: bool,
+    backend: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_rows, width = hidden.shape
+    logp = hidden.new_empty(num_rows, dtype=losses.compute_dtype(hidden.dtype))
+    dhidden = hidden.new_empty(num_rows if want_dhidden else 0, width)
+    return logp, torch.empty_like(logp), dhidden, torch.empty_like(target)
+
+
+def _setup_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, bias, _, row_weight, _, *others, ctx.group_name = inputs
+    *usual, local_target = output
+    ctx.mark_non_differentiable(local_target)
+    _save(ctx, (hidden, weight, bias, local_target, row_weight, vocabulary.IGNORED, *others), tuple(usual))
+
+
+linear_log_prob_split.register_autograd(_backward, setup_context=_setup_split)
 
 
 @torch.library.custom_op("trace_kernels::linear_log_prob_backward_weight", mutates_args=())

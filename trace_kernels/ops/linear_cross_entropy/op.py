@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses
+from trace_kernels import losses, vocabulary
 from trace_kernels.ops.linear_cross_entropy.log_prob import backends, check_inputs, needs_gradient, per_token
 
 
@@ -22,6 +22,7 @@ def linear_cross_entropy(
     normalizer: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    group: Any = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     r"""Token-weighted cross-entropy of a language-model head, without materialising the [T, V] logits.
@@ -51,12 +52,20 @@ def linear_cross_entropy(
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
         softcap: finite, above 0.
         logit_scale: finite; 1 / temperature.
+        group: None, or a torch.distributed ProcessGroup or DeviceMesh over which the vocabulary is split: see below.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         0-d, or [...] for "none"; float32 (float64 for float64 inputs). Without a counted token, or with a
         denominator of 0, the loss is 0 and so are its gradients. Differentiable once in hidden, weight, bias and
         token_weight; a second-order gradient raises RuntimeError.
+
+    With `group`, every process of it holds a slice of its own, `weight` [V_r, H] and `bias` [V_r], in the order of the
+    ranks and of any sizes, and the same values in all other arguments; targets count classes of the whole vocabulary.
+    A DTensor with Shard(0) gives its slice; ``group=weight.device_mesh`` says that it is meant so. The loss is the same
+    on all processes, and all of them must call `backward`. The gradient of `hidden` is summed over the group here
+    (what does so elsewhere, such as Megatron's copy_to_tensor_model_parallel_region, must then be left out), that of
+    `weight` stays with its slice. A trainable head takes four passes over its slice then.
 
     Under autocast hidden and weight are cast as torch.nn.functional.linear would cast them.
 
@@ -73,6 +82,7 @@ def linear_cross_entropy(
         '1.3863'
         >>> loss.backward()
     """
+    weight, bias, group_name = vocabulary.local_head(weight, bias, group)
     check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
     losses.check_weighting(token_weight, reduction, normalizer, hidden.shape[:-1], hidden.device, "hidden")
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
@@ -81,7 +91,7 @@ def linear_cross_entropy(
     softcap = None if softcap is None else float(softcap)
     rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
     weighting = losses.Weighting(token_weight, flat_target != ignore_index, reduction, normalizer, dtype)
-    if weighting.known and reduction != "none":
+    if weighting.known and reduction != "none" and group_name is None:
         bias = None if bias is None else bias.to(dtype).contiguous()
         total: torch.Tensor = linear_log_prob_sum(
             rows, weight, bias, flat_target, weighting.coefficients(), ignore_index, softcap, float(logit_scale),
@@ -90,7 +100,9 @@ def linear_cross_entropy(
         return -total
     # A weight that needs a gradient needs its token's loss, also when it is 0.
     row_weight = weighting.rows if weighting.known else None
-    logp = per_token(rows, weight, bias, flat_target, row_weight, ignore_index, softcap, float(logit_scale), backend)
+    logp = per_token(
+        rows, weight, bias, flat_target, row_weight, ignore_index, softcap, float(logit_scale), group_name, backend
+    )
     loss = weighting.reduce(-logp)
     return loss.view(target.shape) if reduction == "none" else loss
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trace_kernels import losses
 from trace_kernels.ops.linear_cross_entropy import chunked
 from trace_kernels.ops.linear_cross_entropy.chunked import Options, RowKernels, Rows
 from trace_kernels.recording import cdiv
@@ -31,6 +32,7 @@ from trace_kernels.triton_matmul import counting
 WARPS = 8
 #: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
 LAG = 40.0
+NO_LABEL = tl.constexpr(losses.NO_LABEL)
 
 
 @triton.jit
@@ -119,6 +121,7 @@ def finish_kernel(
     rest = tl.load(others + row, mask=kept, other=1.0)
     z = tl.load(label_logit + row, mask=kept, other=0.0)
     x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+    x = tl.where(label == NO_LABEL, -float("inf"), x)
     exponentials = rest + tl.exp(x - largest)
     log_total = tl.log(exponentials)
     # The maximum and the logarithm apart: their sum would round away digits of a small loss.
@@ -157,7 +160,8 @@ def gradient_kernel(
         scale = tl.full([], 1.0, tl.float32)
         if SCALE:
             scale = tl.load(row_weight + row)
-        tl.store(factor + row, tl.where((label >= 0) & (label < num_classes), scale, float("nan")))
+        known = ((label >= 0) & (label < num_classes)) | (label == NO_LABEL)
+        tl.store(factor + row, tl.where(known, scale, float("nan")))
     else:
         tl.store(factor + row, 0.0)
         zero_row(dz, width, columns, LANES * VEC)

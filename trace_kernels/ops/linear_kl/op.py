@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from trace_kernels import cuda_backend, losses, triton_backend, validate
+from trace_kernels import cuda_backend, losses, triton_backend, validate, vocabulary
 from trace_kernels.backends import OpBackends
+from trace_kernels.ops.linear_cross_entropy.log_prob import backends as log_prob_backends
 from trace_kernels.ops.linear_cross_entropy.log_prob import needs_gradient
 from trace_kernels.ops.linear_kl import cuda, native, reference
 
@@ -39,6 +40,7 @@ def linear_kl(
     normalizer: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    group: Any = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     r"""Token-weighted KL divergence from a reference model to the policy, without materialising either's logits.
@@ -65,6 +67,8 @@ def linear_kl(
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
         softcap: finite, above 0.
         logit_scale: finite; 1 / temperature.
+        group: None, or a ProcessGroup or DeviceMesh over which the vocabulary is split; see linear_cross_entropy. Both
+            weights are split at the same classes.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -86,6 +90,8 @@ def linear_kl(
         True
         >>> loss.backward()
     """
+    weight, sliced, group_name = vocabulary.local_head(weight, ref_weight, group, ("weight", "ref_weight"))
+    ref_weight = ref_weight if sliced is None else sliced
     losses.check_linear(hidden, weight)
     losses.check_linear(ref_hidden, ref_weight, "ref_hidden", "ref_weight")
     leading = hidden.shape[:-1]
@@ -119,7 +125,7 @@ def linear_kl(
     counted = hidden.new_ones(num_rows, dtype=torch.bool) if mask is None else mask.reshape(-1)
     in_mask = None if mask is None else counted.to(dtype)
     weighting = losses.Weighting(token_weight, counted, reduction, normalizer, dtype)
-    if weighting.known and reduction != "none":
+    if weighting.known and reduction != "none" and group_name is None:
         coefficients = weighting.coefficients()
         coefficients = in_mask if coefficients is None else coefficients
         wanted = (needs_gradient(rows), needs_gradient(weight))
@@ -129,7 +135,8 @@ def linear_kl(
         return total
     # A weight that needs a gradient needs its token's loss, also when it is 0.
     row_weight = weighting.rows if weighting.known and weighting.rows is not None else in_mask
-    kl = linear_kl_op(rows, weight, ref_rows, ref_weight, row_weight, *options, needs_gradient(rows), backend)[0]
+    arguments = (rows, weight, ref_rows, ref_weight, row_weight, *options, needs_gradient(rows), backend)
+    kl = (linear_kl_op(*arguments) if group_name is None else linear_kl_split(*arguments, group_name))[0]
     loss = weighting.reduce(kl)
     return loss.view(leading) if reduction == "none" else loss
 
@@ -173,6 +180,11 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.group_name = None
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *matrices, row_weight, ctx.softcap, ctx.logit_scale, _, ctx.backend = inputs
     kl, lse, ref_lse, dhidden = output
     ctx.mark_non_differentiable(lse, ref_lse, dhidden)
@@ -183,19 +195,92 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
     kl, dhidden, row_weight, *recompute = ctx.saved_tensors
-    grads: list[torch.Tensor | None] = [None] * 9
+    grads: list[torch.Tensor | None] = [None] * (9 if ctx.group_name is None else 10)
     if grad is not None:
         if row_weight is not None:
             grad = torch.where(row_weight == 0, 0, grad)
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             grads[0] = losses.scale_stash(dhidden, grad, kl)
+            if ctx.group_name is not None:
+                grads[0] = vocabulary.sum_over_group(grads[0], ctx.group_name)
         if recompute:
             grads[1] = linear_kl_backward_weight(*recompute, grad, ctx.softcap, ctx.logit_scale, ctx.backend)
     return tuple(grads)
 
 
 linear_kl_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("trace_kernels::linear_kl_split", mutates_args=())
+def linear_kl_split(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    want_dhidden: bool,
+    backend: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`linear_kl_op` where both weights are this process's slices.
+
+    With a and b the slice's shares of the policy's and the reference's probability, kl is the sum over slices of
+    ``b * (kl_r + log(b / a))``, and the gradient that of ``b * dkl_r + (a - b) * dlse_r``. The second term costs a
+    further pass over the policy's slice and a product.
+    """
+    with losses.without_autocast(hidden.device):
+        functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
+        kl, lse, ref_lse, dhidden, _ = functions.forward(
+            hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, want_dhidden, False
+        )
+        parts = vocabulary.gathered(torch.stack([kl, lse, ref_lse]), group_name)
+        total, ref_total = torch.logsumexp(parts[:, 1], dim=0), torch.logsumexp(parts[:, 2], dim=0)
+        log_share, log_ref_share = parts[:, 1] - total, parts[:, 2] - ref_total
+        ref_share = log_ref_share.exp()
+        terms = ref_share * (parts[:, 0] + log_ref_share - log_share)
+        combined = torch.where(ref_share == 0, 0, terms).sum(dim=0)
+        if want_dhidden:
+            a, b = torch.exp(lse - total), torch.exp(ref_lse - ref_total)
+            target = torch.full_like(lse, losses.NO_LABEL, dtype=torch.int64)
+            log_prob = log_prob_backends.select(backend, hidden.device, hidden, weight, None)
+            minus_dlse = log_prob.forward(
+                hidden, weight, None, target, row_weight, vocabulary.IGNORED, softcap, logit_scale, True, False
+            )[2]
+            corrected = torch.addcmul(dhidden * b[:, None], minus_dlse.to(lse.dtype), (b - a)[:, None])
+            dhidden = corrected.to(hidden.dtype)
+        if row_weight is not None:
+            dropped = row_weight == 0
+            combined, total, ref_total = (rows.masked_fill(dropped, 0) for rows in (combined, total, ref_total))
+    return combined, total, ref_total, dhidden
+
+
+@linear_kl_split.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    want_dhidden: bool,
+    backend: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_rows, width = hidden.shape
+    kl = hidden.new_empty(num_rows, dtype=losses.compute_dtype(hidden.dtype))
+    return kl, torch.empty_like(kl), torch.empty_like(kl), hidden.new_empty(num_rows if want_dhidden else 0, width)
+
+
+def _setup_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *usual, ctx.group_name = inputs
+    _save(ctx, tuple(usual), output)
+
+
+linear_kl_split.register_autograd(_backward, setup_context=_setup_split)
 
 
 @torch.library.custom_op("trace_kernels::linear_kl_backward_weight", mutates_args=())
