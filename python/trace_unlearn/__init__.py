@@ -9,11 +9,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trace_unlearn.calibrate import calibrate, select_experts
+    from trace_unlearn.calibrate import calibrate
     from trace_unlearn.config import TraceConfig
     from trace_unlearn.errors import UserError
     from trace_unlearn.profile import profile_routing
     from trace_unlearn.routing import RoutingRecorder
+    from trace_unlearn.selection import select_experts
     from trace_unlearn.trainer import TraceTrainer
 
 _HOME = {
@@ -23,7 +24,7 @@ _HOME = {
     "UserError": "errors",
     "calibrate": "calibrate",
     "profile_routing": "profile",
-    "select_experts": "calibrate",
+    "select_experts": "selection",
 }
 
 __all__ = [

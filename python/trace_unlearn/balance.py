@@ -1,23 +1,26 @@
-"""Entropy balancing: the weights nearest to uniform under which given frequencies match.
+"""Calibration of weights: those nearest to uniform under which given frequencies match.
 
 The problem, over the weights w of N tokens with hit bits a_t in {0, 1}^M:
 
-    minimise    mean_t(w_t log w_t) + ||mean_t(w_t a_t) - f||^2 / (2 ridge)
+    minimise    mean_t G(w_t) + ||mean_t(w_t a_t) - f||^2 / (2 ridge)
     subject to  mean_t(w_t) = 1,  0 <= w_t <= cap
 
-Its solution is w_t = min(exp(lambda . a_t + mu), cap), where lambda minimises the convex dual
+with G(w) = w log w (entropy balancing, or raking: Hainmueller 2012) or G(w) = w^2 / 2 (the linear, or chi-square,
+distance of Deville and Sarndal 1992, truncated). Its solution is w_t = F(lambda . a_t + mu), with F(x) =
+min(exp(x), cap) or min(max(x, 0), cap), where lambda minimises the convex dual
 
     D(lambda) = mean_t psi(lambda . a_t + mu) - mu - lambda . f + ridge / 2 ||lambda||^2
 
-with psi' = min(exp, cap), so psi is linear beyond log cap, and mu = mu(lambda) such that the mean weight is 1. The
-gradient is weighted frequency - f + ridge * lambda: the mismatch that remains is ridge * |lambda|. With ridge -> 0 the
-frequencies match exactly wherever some weights allow it; with ridge -> infinity the weights become uniform. (Entropy
-balancing: Hainmueller 2012.)
+with psi' = F and mu = mu(lambda) such that the mean weight is 1. The gradient is weighted frequency - f + ridge lambda:
+the mismatch that remains is ridge * |lambda|. With ridge -> 0 the frequencies match exactly wherever some weights allow
+it; with ridge -> infinity the weights become uniform. The chi-square distance grows with 1 / ESS, so its weights have
+the largest ESS of all whose squared mismatch is as small.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +30,6 @@ _CHUNK = 1 << 14  # rows of hit bits that are float64 at a time
 _LARGEST_RIDGE = 1e8
 _ESS_SLACK = 1e-5  # how close above its bound the search brings the effective sample size
 _ROUGH, _EXACT = 1e-6, 1e-11  # the largest entry of the gradient, during the search and at its end
-_LARGEST_EXPONENT = 80.0  # of a weight: exp of it and of its negative are float32 numbers
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,76 @@ def log_scale(log_raw: Array, counts: Array, cap: float) -> float:
 
 
 def capped(log_raw: Array, mu: float, cap: float) -> Array:
-    return np.exp(np.minimum(log_raw + mu, np.log(cap)))
+    weights: Array = np.exp(np.minimum(log_raw + mu, np.log(cap)))
+    return weights
+
+
+class Distance(Protocol):
+    """F, psi and mu of one distance from uniform weights; all but `scale` work on x = lambda . a + mu of the tokens."""
+
+    largest: float  # of abs(x): beyond it float32 tables are not exact enough
+
+    def scale(self, raw: Array, counts: Array, cap: float) -> float:
+        """The mu with which the mean weight is 1."""
+        ...
+
+    def weights(self, x: Array, cap: float) -> Array: ...
+
+    def psi(self, x: Array, weights: Array, cap: float) -> Array: ...
+
+    def slope(self, x: Array, weights: Array, cap: float) -> Array:
+        """The derivative of F: by how much weights move with x."""
+        ...
+
+
+class Entropy:
+    largest = 80.0  # exp of it and of its negative are float32 numbers
+
+    def scale(self, raw: Array, counts: Array, cap: float) -> float:
+        return log_scale(raw, counts, cap)
+
+    def weights(self, x: Array, cap: float) -> Array:
+        return capped(x, 0.0, cap)
+
+    def psi(self, x: Array, weights: Array, cap: float) -> Array:
+        beyond: Array = np.maximum(x - np.log(cap), 0)
+        return weights * (1 + beyond)
+
+    def slope(self, x: Array, weights: Array, cap: float) -> Array:
+        return np.where(x < np.log(cap), weights, 0.0)
+
+
+class ChiSquare:
+    largest = 1e3
+
+    def scale(self, raw: Array, counts: Array, cap: float) -> float:
+        # The mean weight is piecewise linear and rising in mu: Newton, halving the bracket where a step leaves it.
+        total = counts.sum()
+        low, high = 1 - float(raw.max()), 1 - float(raw.min())
+        mu = min(max(1 - float(counts @ raw / total), low), high)
+        for _ in range(200):
+            x = raw + mu
+            excess = float(counts @ self.weights(x, cap) / total) - 1
+            if abs(excess) <= 1e-15 or high - low <= 1e-15 * (1 + abs(mu)):
+                break
+            low, high = (low, mu) if excess > 0 else (mu, high)
+            rate = float(counts @ ((x > 0) & (x < cap)) / total)
+            tried = mu - excess / rate if rate > 0 else low
+            mu = tried if low < tried < high else (low + high) / 2
+        return mu
+
+    def weights(self, x: Array, cap: float) -> Array:
+        within: Array = np.clip(x, 0.0, cap)
+        return within
+
+    def psi(self, x: Array, weights: Array, cap: float) -> Array:
+        return weights * (x - weights / 2)
+
+    def slope(self, x: Array, weights: Array, cap: float) -> Array:
+        return ((x > 0) & (x < cap)).astype(np.float64)
+
+
+DISTANCES: dict[str, Distance] = {"balance": Entropy(), "additive": ChiSquare()}  # by the rule that uses it
 
 
 @dataclass(frozen=True)
@@ -106,25 +177,28 @@ class Balance:
     coefficients: Array
     ridge: float
     ess: float
-    largest_exponent: float  # over tokens, abs(lambda . a + mu)
+    largest: float  # over tokens, abs(lambda . a + mu)
 
 
-def balance(patterns: Patterns, target: Array, *, ridge: float, min_ess: float, cap: float) -> Balance:
+def balance(
+    patterns: Patterns, target: Array, *, ridge: float, min_ess: float, cap: float, rule: str = "balance"
+) -> Balance:
     """Solves the problem for the smallest ridge from `ridge` on whose weights keep an ESS of `min_ess`.
 
     The mismatch grows with the ridge, so of all ridges that keep the bound this one has the least. Between a ridge
     that keeps it and one that does not the search halves the interval, in logarithms. Targets that no weights meet
-    send lambda to infinity as the ridge falls: exponents beyond float32 count as a bound not kept.
+    send lambda to infinity as the ridge falls: numbers beyond float32 count as a bound not kept.
     """
+    distance = DISTANCES[rule]
 
     def keeps(found: Balance) -> bool:
-        return found.ess >= min_ess and found.largest_exponent <= _LARGEST_EXPONENT
+        return found.ess >= min_ess and found.largest <= distance.largest
 
     low, kept = ridge, Balance(np.zeros(patterns.bits.shape[1]), _LARGEST_RIDGE, 1.0, 0.0)
     # Down from a large ridge, where the solution is near uniform and each one starts the next.
     falling = max(1.0, ridge)
     while True:
-        found = _solve(patterns, target, falling, cap, kept.coefficients, _ROUGH)
+        found = _solve(distance, patterns, target, falling, cap, kept.coefficients, _ROUGH)
         if not keeps(found):
             low = falling
             break
@@ -134,35 +208,46 @@ def balance(patterns: Patterns, target: Array, *, ridge: float, min_ess: float, 
         falling = max(falling / 8, ridge)
     while low < kept.ridge * (1 - 1e-5) and kept.ess > min_ess + _ESS_SLACK:
         middle = float(np.sqrt(low * kept.ridge))
-        found = _solve(patterns, target, middle, cap, kept.coefficients, _ROUGH)
+        found = _solve(distance, patterns, target, middle, cap, kept.coefficients, _ROUGH)
         if keeps(found):
             kept = found
         else:
             low = middle
     # The rough solutions placed the ridge; this one is exact, and may fall below the bound by as much as they were off.
-    while not keeps(found := _solve(patterns, target, kept.ridge, cap, kept.coefficients, _EXACT)):
+    while not keeps(found := _solve(distance, patterns, target, kept.ridge, cap, kept.coefficients, _EXACT)):
         kept = replace(found, ridge=kept.ridge * (1 + 1e-4))
     return found
 
 
-def _solve(patterns: Patterns, target: Array, ridge: float, cap: float, start: Array, tolerance: float) -> Balance:
+def _solve(
+    distance: Distance, patterns: Patterns, target: Array, ridge: float, cap: float, start: Array, tolerance: float
+) -> Balance:
     """Damped Newton on the dual, mu eliminated."""
+
+    def dual(coefficients: Array) -> tuple[float, Array, Array]:
+        """D, x and the weights."""
+        scores = patterns.scores(coefficients)
+        mu = distance.scale(scores, patterns.counts, cap)
+        x = scores + mu
+        weights = distance.weights(x, cap)
+        value = float(patterns.counts @ distance.psi(x, weights, cap) / patterns.total) - mu
+        return value - float(coefficients @ target) + ridge / 2 * float(coefficients @ coefficients), x, weights
 
     def gradient_at(coefficients: Array, weights: Array) -> Array:
         return patterns.frequencies(weights) - target + ridge * coefficients
 
     coefficients = start
-    value, mu, weights = _dual(patterns, target, ridge, cap, coefficients)
+    value, x, weights = dual(coefficients)
     gradient = gradient_at(coefficients, weights)
     for _ in range(500):
         if np.abs(gradient).max() <= tolerance:
             break
-        step = -np.linalg.solve(_hessian(patterns, ridge, cap, coefficients, mu, weights), gradient)
+        step = -np.linalg.solve(_hessian(patterns, ridge, distance.slope(x, weights, cap)), gradient)
         slope = float(gradient @ step)
         length = 1.0
         while True:
             tried = coefficients + length * step
-            new_value, new_mu, new_weights = _dual(patterns, target, ridge, cap, tried)
+            new_value, new_x, new_weights = dual(tried)
             if new_value <= value + 1e-4 * length * slope or length < 1e-9:
                 break
             if -slope < 1e-9:  # the value cannot show such progress, the gradient can
@@ -171,28 +256,14 @@ def _solve(patterns: Patterns, target: Array, ridge: float, cap: float, start: A
         new_gradient = gradient_at(tried, new_weights)
         if -slope < 1e-9 and np.abs(new_gradient).max() > 0.5 * np.abs(gradient).max():
             break
-        coefficients, value, mu, weights, gradient = tried, new_value, new_mu, new_weights, new_gradient
-    exponents = patterns.scores(coefficients) + mu
-    return Balance(coefficients, ridge, patterns.ess(weights), float(np.abs(exponents).max()))
+        coefficients, value, x, weights, gradient = tried, new_value, new_x, new_weights, new_gradient
+    return Balance(coefficients, ridge, patterns.ess(weights), float(np.abs(x).max()))
 
 
-def _hessian(patterns: Patterns, ridge: float, cap: float, coefficients: Array, mu: float, weights: Array) -> Array:
-    """[M, M]. Only weights below the cap move, and mu moves with them: their covariance is the curvature."""
-    moving = np.where(patterns.scores(coefficients) + mu < np.log(cap), weights, 0.0)
+def _hessian(patterns: Patterns, ridge: float, moving: Array) -> Array:
+    """[M, M]. Only weights between their bounds move, and mu moves with them: their covariance is the curvature."""
     share = max(float(patterns.counts @ moving / patterns.total), 1e-300)
     mean = patterns.frequencies(moving)
     hessian = patterns.second_moments(moving) - np.outer(mean, mean) / share
     hessian[np.diag_indices_from(hessian)] += ridge + 1e-14
     return hessian
-
-
-def _dual(
-    patterns: Patterns, target: Array, ridge: float, cap: float, coefficients: Array
-) -> tuple[float, float, Array]:
-    """D, mu and the weights."""
-    scores = patterns.scores(coefficients)
-    mu = log_scale(scores, patterns.counts, cap)
-    weights = capped(scores, mu, cap)
-    psi = weights * (1 + np.maximum(scores + mu - np.log(cap), 0))
-    value = float(patterns.counts @ psi / patterns.total) - mu - float(coefficients @ target)
-    return value + ridge / 2 * float(coefficients @ coefficients), mu, weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -13,44 +14,19 @@ import numpy.typing as npt
 import torch
 
 from trace_unlearn import files
-from trace_unlearn.balance import Array, Patterns, balance, capped, log_scale
+from trace_unlearn.balance import DISTANCES, Array, Patterns, balance, capped, log_scale
 from trace_unlearn.errors import UserError
 from trace_unlearn.profile import RoutingStatistics
+from trace_unlearn.selection import Selection, effective_tokens, frequencies, select_experts, wilson_interval
 from trace_unlearn.weights import Calibration, lookup, matching
 
 __all__ = ["RULES", "CalibrateOptions", "Calibration", "calibrate", "main", "select_experts"]
 
-RULES = ("balance", "product", "ratio", "uniform")
+RULES = ("balance", "additive", "product", "ratio", "uniform", "shuffled")
+FORMS = {"additive": ("linear", "sum"), "ratio": ("identity", "mean")}  # phi and reduce, where not ("exp", "sum")
 _MARGIN = 1e-6  # kept from the bounds, for the rounding of float32 weights
 
 logger = logging.getLogger(__name__)
-
-
-def select_experts(stats: RoutingStatistics, *, experts_per_layer: int | None = 4, tau: float = 1.0) -> torch.Tensor:
-    """The forget-critical pairs: f > r and f >= tau * k / E, the highest f * log(f / r) of each layer.
-
-    Args:
-        stats: what `profile` saw.
-        experts_per_layer: at most so many a layer; None for all that qualify.
-        tau: 1 asks for at least the activation of a perfectly even routing.
-
-    Returns:
-        [M, 2] int64 (MoE layer, expert), by layer and then by expert; M may be 0.
-
-    Example:
-        >>> stats = RoutingStatistics(torch.tensor([[3, 1, 0]]), torch.tensor([[2, 2, 4]]), 4, 8, 1,
-        ...                           torch.zeros(8, 1, 1, dtype=torch.uint8), torch.tensor([0, 8]))
-        >>> select_experts(stats).tolist()
-        [[0, 0]]
-    """
-    _check_selection(experts_per_layer, tau)
-    f, r = _frequencies(stats)
-    E = f.shape[1]
-    qualifies = (f > r) & (f >= tau * stats.top_k / E)
-    rank = torch.where(qualifies, f * torch.log(f / r), -torch.inf)  # infinite where r is 0
-    best = rank.sort(dim=1, descending=True, stable=True).indices[:, :experts_per_layer]
-    kept = torch.zeros_like(qualifies).scatter(1, best, True) & qualifies
-    return kept.nonzero()
 
 
 def calibrate(
@@ -62,6 +38,10 @@ def calibrate(
     max_weight: float = 20.0,
     experts_per_layer: int | None = 4,
     tau: float = 1.0,
+    rank: str = "log_ratio",
+    threshold: float | None = None,
+    max_experts: int | None = None,
+    min_count: int = 5,
     ridge: float = 1e-6,
 ) -> Calibration:
     r"""Weights of the retain tokens, of mean 1, that bring the selected experts' frequencies nearer to the forget ones.
@@ -69,50 +49,67 @@ def calibrate(
     - "balance": minimise mean(w log w) + ||weighted r - f||^2 / (2 ridge), subject to mean(w) = 1 and w <= max_weight,
       with the smallest ridge from `ridge` on for which the ESS is at least `min_ess` (see `trace_unlearn.balance`). Its
       weights are min(exp(mu + sum of lambda over the token's hits), max_weight).
+    - "additive": likewise with mean(w^2) / 2 in place of mean(w log w). Its weights are linear in the hits,
+      min(max(mu + sum of lambda over the token's hits, 0), max_weight): no weights of the same ESS have a smaller
+      squared mismatch, but a token may lose all its weight.
     - "product": w proportional to the product of f / r over the token's hits.
     - "ratio": w proportional to the mean of f / r over the token's hits, 1 without hits.
     - "uniform": 1.
+    - "shuffled": the control: the weights of "balance", each given to a random token.
 
     "product" and "ratio" are cut at max_weight or at the lower cap that keeps `min_ess`, the mean brought back to 1.
     Deterministic, and the order of the tokens does not matter.
 
     Args:
         stats: what `profile` saw.
-        selected: [M, 2] (MoE layer, expert); by default what `select_experts` takes with `experts_per_layer` and `tau`.
+        selected: [M, 2] (MoE layer, expert); by default what `select_experts` takes with the settings below.
         rule: one of the above.
         min_ess: the least effective sample size, (sum w)^2 / (N sum w^2), in [0, 1). Exact matching costs most of it:
             this is the setting that matters.
         max_weight: the largest weight, above 1.
-        experts_per_layer: see `select_experts`.
-        tau: see `select_experts`.
+        experts_per_layer: this and the next five: see `trace_unlearn.selection.Selection`.
+        tau: least activation.
+        rank: the rule.
+        threshold: least rank value.
+        max_experts: at most so many in all.
+        min_count: fewest forget tokens.
         ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
 
     Raises:
         UserError: nothing selected, nothing of it reachable by retain data, a setting out of range; with advice.
     """
     _check_settings(rule, min_ess, max_weight, ridge)
-    f_all, r_all = _frequencies(stats)
+    shuffle = rule == "shuffled"
+    rule = "balance" if shuffle else rule
+    selection = Selection(experts_per_layer, tau, rank, threshold, max_experts, min_count)
+    f_all, r_all = frequencies(stats)
     L, E = f_all.shape
     notes: list[str] = []
     if selected is None:
-        selected = select_experts(stats, experts_per_layer=experts_per_layer, tau=tau)
+        selected = selection.take(stats)
         if len(selected) == 0 and rule != "uniform":
-            raise UserError(_nothing_selected(f_all, r_all, tau, stats.top_k))
+            raise UserError(selection.why_empty(stats))
     selected = _reachable(_checked_pairs(selected, L, E), f_all, r_all, rule, notes)
-    f, r = (frequency[selected[:, 0], selected[:, 1]] for frequency in (f_all, r_all))
+    f, r, f_tokens, r_tokens = (
+        values[selected[:, 0], selected[:, 1]]
+        for values in (f_all, r_all, effective_tokens(stats, "forget"), effective_tokens(stats, "retain"))
+    )
     hits = _hits(stats.retain_routes, selected)
     patterns = Patterns.of(hits, len(selected))
 
     # The table is rounded to float32 first and the scale found after it, so that a live lookup gives the same weights.
     values, ridge_used = _values(rule, patterns, f.numpy(), r.numpy(), ridge, min_ess, max_weight)
-    phi, reduce = ("identity", "mean") if rule == "ratio" else ("exp", "sum")
+    phi, reduce = FORMS.get(rule, ("exp", "sum"))
     score = torch.from_numpy(patterns.scores(values))
     count = torch.from_numpy(patterns.bits.sum(axis=1).astype(np.float64))
-    log_raw = lookup(score, count, phi, reduce, 1.0, math.inf).log().numpy() if phi == "identity" else score.numpy()
     cap = _float32_below(max_weight)
-    if rule in ("product", "ratio"):
-        cap = _cap_for_ess(patterns, log_raw, cap, min_ess)
-    scale = math.exp(log_scale(log_raw, patterns.counts, cap))
+    if phi == "linear":
+        scale = DISTANCES[rule].scale(score.numpy(), patterns.counts, cap)
+    else:
+        log_raw = lookup(score, count, phi, reduce, 1.0, math.inf).log().numpy() if phi == "identity" else score.numpy()
+        if rule in ("product", "ratio"):
+            cap = _cap_for_ess(patterns, log_raw, cap, min_ess)
+        scale = math.exp(log_scale(log_raw, patterns.counts, cap))
     weight_of_pattern = lookup(score, count, phi, reduce, scale, cap).float()
     weights = weight_of_pattern[torch.from_numpy(patterns.token_pattern)]
 
@@ -123,7 +120,7 @@ def calibrate(
     outcome = matching(weights, packed, f)
     _check_outcome(weights, outcome, min_ess, max_weight)
     notes += _diagnose(rule, outcome, f, r, weights, stats.retain_offsets, ridge_used, ridge, min_ess)
-    return Calibration(
+    found = Calibration(
         rule=rule,
         phi=phi,
         reduce=reduce,
@@ -134,6 +131,8 @@ def calibrate(
         selected=selected,
         f=f,
         r=r,
+        f_interval=wilson_interval(f, f_tokens),
+        r_interval=wilson_interval(r, r_tokens),
         token_weight=weights,
         retain_offsets=stats.retain_offsets.clone(),
         hits=packed,
@@ -141,8 +140,8 @@ def calibrate(
         choices={
             "min_ess": min_ess,
             "max_weight": max_weight,
-            "experts_per_layer": experts_per_layer,
-            "tau": tau,
+            **dataclasses.asdict(selection),
+            "intervals_by_document": stats.retain_design_effect is not None,
             "ridge": ridge,
             "ridge_used": ridge_used,
             "layer_indices": stats.meta.get("layer_indices"),
@@ -153,6 +152,7 @@ def calibrate(
         notes=notes,
         **outcome,
     )
+    return found.shuffled(0) if shuffle else found
 
 
 def _values(
@@ -160,15 +160,15 @@ def _values(
 ) -> tuple[Array, float | None]:
     """The table's entries at the selected pairs, as float32 can hold them, and the ridge that gave them."""
     ridge_used = None
-    if rule == "balance":
+    if rule in DISTANCES:
         bound = min_ess + _MARGIN if min_ess > 0 else 0.0
-        found = balance(patterns, f, ridge=ridge, min_ess=bound, cap=_float32_below(max_weight))
+        found = balance(patterns, f, ridge=ridge, min_ess=bound, cap=_float32_below(max_weight), rule=rule)
         values, ridge_used = found.coefficients, found.ridge
     elif rule == "product":
         values = np.log(f / r)
     elif rule == "ratio":
         values = f / r
-    else:
+    else:  # "uniform"
         values = np.zeros(len(f))
     return values.astype(np.float32).astype(np.float64), ridge_used
 
@@ -194,19 +194,6 @@ def _hits(routes: torch.Tensor, selected: torch.Tensor) -> npt.NDArray[np.uint8]
     columns = [(array[:, layer, :] == expert).any(axis=1) for layer, expert in selected.tolist()]
     bits = np.stack(columns, axis=1) if columns else np.zeros((len(array), 0), dtype=bool)
     return np.packbits(bits, axis=1)
-
-
-def _frequencies(stats: RoutingStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-    if stats.forget_tokens < 1 or stats.retain_tokens < 1:
-        raise UserError("statistics: hold no forget or no retain tokens; profile data that bears loss")
-    return stats.forget_frequency, stats.retain_frequency
-
-
-def _check_selection(experts_per_layer: int | None, tau: float) -> None:
-    if experts_per_layer is not None and experts_per_layer < 1:
-        raise UserError(f"experts_per_layer: got {experts_per_layer}, allowed is 1 or more (or null for all)")
-    if not 0 <= tau < math.inf:
-        raise UserError(f"tau: got {tau}, allowed are finite numbers from 0")
 
 
 def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
@@ -260,17 +247,6 @@ def _reachable(selected: torch.Tensor, f: torch.Tensor, r: torch.Tensor, rule: s
     return selected[reached]
 
 
-def _nothing_selected(f: torch.Tensor, r: torch.Tensor, tau: float, top_k: int) -> str:
-    E = f.shape[1]
-    if not bool((f > r).any()):
-        return "no expert is forget-critical: forget and retain data activate every expert equally often"
-    highest = float(torch.where(f > r, f, 0).max()) * E / top_k
-    return (
-        f"no expert is forget-critical: none has f > r and f >= tau * k / E = {tau * top_k / E:.4f}. Lower tau (now "
-        f"{tau}) to {math.floor(1000 * highest) / 1000} or less"
-    )
-
-
 def _float32_below(value: float) -> float:
     """The largest float32 that is not above `value`."""
     rounded = np.float32(value)
@@ -302,7 +278,7 @@ def _diagnose(
     bound_active = ridge_used is not None and ridge_used > ridge and outcome["ess"] < min_ess + 1e-3
     if bound_active:
         notes.append("the bound on the effective sample size is active: a lower min_ess would match more closely")
-    elif rule == "balance" and outcome["max_error"] > 0.01:
+    elif rule in DISTANCES and outcome["max_error"] > 0.01:
         notes.append("no weights up to max_weight match all frequencies together; these come nearest")
     if rule != "uniform" and outcome["mean_error"] > float((f - r).abs().mean()):
         notes.append(f"rule {rule!r} matches worse than uniform weights do; try rule 'balance'")
@@ -340,9 +316,15 @@ class CalibrateOptions:
     Args:
         profile: the folder that `profile` wrote.
         output: the folder to write; must not exist.
-        rule: how weights follow from frequencies: "balance", "product", "ratio" or "uniform".
+        rule: how weights follow from frequencies: "balance", "additive", "product", "ratio" or "uniform"; or the
+            control "shuffled".
         experts_per_layer: at most so many forget-critical experts a layer; null for all that qualify.
         tau: an expert qualifies from tau times the activation of a perfectly even routing on.
+        rank: what the most critical experts are: those of the highest "log_ratio" (f log(f / r)), "difference" (f - r),
+            "ratio" (f / r) or "z_score" ((f - r) over its standard error).
+        threshold: the least rank value; null for none.
+        max_experts: at most so many forget-critical experts over all layers; null for no such limit.
+        min_count: an expert qualifies when at least so many forget tokens activate it.
         min_ess: the least effective sample size of the weights, as a share of the retain tokens.
         max_weight: the largest weight; the mean is 1.
         ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
@@ -353,6 +335,10 @@ class CalibrateOptions:
     rule: str = "balance"
     experts_per_layer: int | None = 4
     tau: float = 1.0
+    rank: str = "log_ratio"
+    threshold: float | None = None
+    max_experts: int | None = None
+    min_count: int = 5
     min_ess: float = 0.5
     max_weight: float = 20.0
     ridge: float = 1e-6
@@ -361,7 +347,7 @@ class CalibrateOptions:
 def check(options: CalibrateOptions) -> None:
     """UserError for what can be told from the options alone."""
     _check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
-    _check_selection(options.experts_per_layer, options.tau)
+    Selection(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Selection)})
 
 
 def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
@@ -369,16 +355,9 @@ def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
     check(options)
     files.refuse_existing(options.output)
     say(f"calibrate: {options.profile}, rule {options.rule} -> {options.output}")
-    stats = RoutingStatistics.load(options.profile)
-    found = calibrate(
-        stats,
-        rule=options.rule,
-        min_ess=options.min_ess,
-        max_weight=options.max_weight,
-        experts_per_layer=options.experts_per_layer,
-        tau=options.tau,
-        ridge=options.ridge,
-    )
+    settings = dataclasses.asdict(options)
+    stats = RoutingStatistics.load(settings.pop("profile"))
+    found = calibrate(stats, **{name: value for name, value in settings.items() if name != "output"})
     say(found.summary())
     found.save(options.output)
     say(f"written to {options.output}")

@@ -28,6 +28,14 @@ from trace_unlearn.routing import RoutingRecorder, unwrap
 
 TENSORS, META = "routing.safetensors", "routing.json"
 _FORMAT = 1
+_TENSOR_FIELDS = (
+    "forget_counts",
+    "retain_counts",
+    "retain_routes",
+    "retain_offsets",
+    "forget_design_effect",
+    "retain_design_effect",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,9 @@ class RoutingStatistics:
             entry of E or more is a slot without a routed expert.
         retain_offsets: [D + 1] int64; the tokens of document d are retain_offsets[d] to retain_offsets[d + 1].
         meta: the model, its layers, the fingerprints of both data sets, and the versions of what computed this.
+        forget_design_effect: [L, E] float32, by how much the variance of f over documents exceeds that of independent
+            tokens; None when it was not measured.
+        retain_design_effect: [L, E] float32, likewise of r.
 
     Example:
         >>> stats = RoutingStatistics(torch.tensor([[3, 1, 0]]), torch.tensor([[2, 2, 4]]), 4, 8, 1,
@@ -63,6 +74,8 @@ class RoutingStatistics:
     retain_routes: torch.Tensor
     retain_offsets: torch.Tensor
     meta: dict[str, Any] = field(default_factory=dict)
+    forget_design_effect: torch.Tensor | None = None
+    retain_design_effect: torch.Tensor | None = None
 
     @property
     def forget_frequency(self) -> torch.Tensor:
@@ -77,8 +90,8 @@ class RoutingStatistics:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder in one step: it is there and whole, or not there."""
         with files.staged_folder(folder) as staged:
-            names = ("forget_counts", "retain_counts", "retain_routes", "retain_offsets")
-            files.save_tensors(staged / TENSORS, {name: getattr(self, name) for name in names})
+            tensors = {name: value for name in _TENSOR_FIELDS if isinstance(value := getattr(self, name), torch.Tensor)}
+            files.save_tensors(staged / TENSORS, tensors)
             numbers = {name: getattr(self, name) for name in ("forget_tokens", "retain_tokens", "top_k")}
             files.write_json(staged / META, {"format": _FORMAT, **numbers, "meta": self.meta})
 

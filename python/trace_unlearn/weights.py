@@ -19,13 +19,15 @@ from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
 
 TENSORS, META = "calibration.safetensors", "calibration.json"
-_FORMAT = 1
+_FORMAT = 2
 _TENSOR_FIELDS = (
     "table",
     "hit_table",
     "selected",
     "f",
     "r",
+    "f_interval",
+    "r_interval",
     "weighted_r",
     "token_weight",
     "retain_offsets",
@@ -40,11 +42,12 @@ class Calibration:
     .. math:: w_t = \min(\text{scale} \cdot \phi(\text{reduce}_{l,j}\ \text{table}[l, \text{index}_{ltj}]), \text{clip})
 
     where `reduce` runs over the layers and the k slots of token t: "sum" over all, or "mean" over those that hit a
-    selected expert (and then phi of a token without hits is 1).
+    selected expert (and then phi of a token without hits is 1). With phi "linear" the scale is an addend and no weight
+    is negative: w_t = min(max(scale + reduce table, 0), clip).
 
     Attributes:
-        rule: "balance", "product", "ratio" or "uniform".
-        phi: "exp" or "identity".
+        rule: "balance", "additive", "product", "ratio" or "uniform".
+        phi: "exp", "identity" or "linear".
         reduce: "sum" or "mean".
         table: [L, E] float32, 0 outside the selected pairs.
         hit_table: [L, E] float32, 1 at the selected pairs, else 0: its token score is the number of hits.
@@ -53,6 +56,8 @@ class Calibration:
         selected: [M, 2] int64, the forget-critical pairs (MoE layer, expert).
         f: [M] float64, their frequency among forget tokens.
         r: [M] float64, among retain tokens.
+        f_interval, r_interval: [M, 2] float64, the 95 % intervals of f and r, with each document's tokens as one
+            cluster when choices["intervals_by_document"] is true, else with independent tokens.
         weighted_r: [M] float64, among retain tokens, weighted.
         token_weight: [N] float32, mean 1, in the order of the retain set.
         retain_offsets: [D + 1] int64, where each document's tokens begin.
@@ -77,6 +82,8 @@ class Calibration:
     selected: torch.Tensor
     f: torch.Tensor
     r: torch.Tensor
+    f_interval: torch.Tensor
+    r_interval: torch.Tensor
     weighted_r: torch.Tensor
     token_weight: torch.Tensor
     retain_offsets: torch.Tensor
@@ -124,12 +131,15 @@ class Calibration:
 
     def summary(self) -> str:
         """For people: a row per selected expert, the errors before and after, and what to know about the weights."""
-        lines = ["layer  expert  forget f  retain r  weighted r     error"]
+        lines = ["layer  expert  forget f  [95 % interval]   retain r  [95 % interval]   weighted r     error"]
         names = self.choices.get("layer_indices")
-        rows = zip(self.selected.tolist(), self.f.tolist(), self.r.tolist(), self.weighted_r.tolist(), strict=True)
-        for (layer, expert), f, r, weighted in rows:
+        columns = (self.selected, self.f, self.f_interval, self.r, self.r_interval, self.weighted_r)
+        for (layer, expert), f, f_span, r, r_span, weighted in zip(*(c.tolist() for c in columns), strict=True):
             shown = names[layer] if names else layer
-            lines.append(f"{shown:5d}  {expert:6d}  {f:8.4f}  {r:8.4f}  {weighted:10.4f}  {weighted - f:+8.4f}")
+            lines.append(
+                f"{shown:5d}  {expert:6d}  {f:8.4f}  {_span(f_span)}  {r:8.4f}  {_span(r_span)}  {weighted:10.4f}  "
+                f"{weighted - f:+8.4f}"
+            )
         rule = self.rule if self.shuffle_seed is None else f"{self.rule}, shuffled (the control)"
         if len(self.f):
             before = (self.r - self.f).abs()
@@ -163,6 +173,7 @@ class Calibration:
                 and found.hits.shape == (N, math.ceil(M / 8))
                 and found.table.shape == found.hit_table.shape
                 and len(found.f) == len(found.r) == len(found.weighted_r) == M
+                and found.f_interval.shape == found.r_interval.shape == (M, 2)
                 and math.isclose(float(found.token_weight.max()), found.largest_weight, rel_tol=1e-6)
             )
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -172,10 +183,16 @@ class Calibration:
         return found
 
 
+def _span(interval: list[float]) -> str:
+    return f"[{interval[0]:.4f}, {interval[1]:.4f}]"
+
+
 def lookup(
     score: torch.Tensor, hits: torch.Tensor | None, phi: str, reduce: str, scale: float, clip: float
 ) -> torch.Tensor:
-    """min(scale * phi(reduced score), clip); see `Calibration`."""
+    """The weight of a score; see `Calibration`."""
+    if phi == "linear":
+        return (score + scale).clamp(0, clip)
     if reduce == "mean":
         assert hits is not None
         score = torch.where(hits > 0, score / hits.clamp(min=1), torch.ones_like(score))

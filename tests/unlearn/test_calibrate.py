@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import VOCAB, documents, run
 
-from trace_unlearn.balance import Patterns, balance, log_scale
+from trace_unlearn.balance import DISTANCES, Patterns, balance
 from trace_unlearn.calibrate import CalibrateOptions, calibrate, main, select_experts
 from trace_unlearn.errors import UserError
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.routing import RoutingRecorder
+from trace_unlearn.selection import RANKS, rank_values
 from trace_unlearn.weights import Calibration, attach_weights
 
 
@@ -80,23 +82,26 @@ def test_balance_against_lbfgs_on_the_dual(seed, ridge):
 
 
 @pytest.mark.parametrize("cap", [1.5, 2.5])
-def test_balance_with_a_cap_meets_the_optimality_conditions(cap):
-    """They are w = min(exp(lambda . a + mu), cap), lambda = (f - weighted r) / ridge, mean 1; no neighbour wins."""
+@pytest.mark.parametrize("rule", ["balance", "additive"])
+def test_a_cap_meets_the_optimality_conditions(rule, cap):
+    """They are w = F(lambda . a + mu), lambda = (f - weighted r) / ridge, mean 1; no neighbour wins."""
     ridge = 0.01
     stats = statistics(1)
     selected = select_experts(stats, experts_per_layer=2)
     a = hit_matrix(stats, selected).numpy()
     f = stats.forget_frequency[selected[:, 0], selected[:, 1]].numpy()
     patterns = Patterns.of(np.packbits(a.astype(bool), axis=1), a.shape[1])
-    found = balance(patterns, f, ridge=ridge, min_ess=0.0, cap=cap)
-    mu = log_scale(patterns.scores(found.coefficients), patterns.counts, cap)
-    w = np.minimum(np.exp(a @ found.coefficients + mu), cap)
+    found = balance(patterns, f, ridge=ridge, min_ess=0.0, cap=cap, rule=rule)
+    mu = DISTANCES[rule].scale(patterns.scores(found.coefficients), patterns.counts, cap)
+    x = a @ found.coefficients + mu
+    w = np.minimum(np.exp(x), cap) if rule == "balance" else np.clip(x, 0, cap)
     assert (w >= cap * (1 - 1e-12)).sum() > 10  # the cap is active
     assert abs(w.mean() - 1) < 1e-12
     np.testing.assert_allclose(found.coefficients, (f - w @ a / len(w)) / ridge, atol=1e-6)
 
     def primal(v):
-        return (v * np.log(v)).mean() + ((v @ a / len(v) - f) ** 2).sum() / (2 * ridge)
+        distance = v * np.log(v) if rule == "balance" else v**2 / 2
+        return distance.mean() + ((v @ a / len(v) - f) ** 2).sum() / (2 * ridge)
 
     rng = np.random.default_rng(0)
     for _ in range(200):  # no feasible neighbour is better
@@ -117,7 +122,7 @@ def test_targets_are_hit_when_they_can_be():
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    rule=st.sampled_from(["balance", "product", "ratio", "uniform"]),
+    rule=st.sampled_from(["balance", "additive", "product", "ratio", "uniform"]),
     min_ess=st.sampled_from([0.0, 0.2, 0.5, 0.8, 0.99, 0.9999]),
     max_weight=st.sampled_from([1.001, 1.2, 3.3, 20.0, 1000.0]),
     per_layer=st.sampled_from([1, 2, 4, None]),
@@ -135,12 +140,12 @@ def test_bounds_hold_always(seed, rule, min_ess, max_weight, per_layer, skew):
     torch.testing.assert_close(found.weighted_r, frequencies(stats, found.token_weight, found.selected))
     error = (found.weighted_r - found.f).abs()
     assert found.max_error == pytest.approx(float(error.max()))
-    if rule == "balance":  # uniform weights are allowed, so the nearest ones are no further away
+    if rule in ("balance", "additive"):  # uniform weights are allowed, so the nearest ones are no further away
         assert (error**2).sum() <= ((found.r - found.f) ** 2).sum() + 1e-9
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), rule=st.sampled_from(["balance", "product", "ratio"]))
+@given(seed=st.integers(0, 10**6), rule=st.sampled_from(["balance", "additive", "product", "ratio"]))
 def test_permuting_tokens_permutes_weights(seed, rule):
     stats = statistics(seed, N=150)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(seed))
@@ -194,6 +199,75 @@ def test_selection_from_its_definition():
         assert select_experts(stats, experts_per_layer=limit, tau=0.9).tolist() == expected
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_rank_rules_from_their_definitions(rank):
+    stats = statistics(skew=0.8, L=3)
+    n, m = stats.forget_tokens, stats.retain_tokens
+    value = {}
+    for layer in range(3):
+        for e in range(8):
+            hits, others = int(stats.forget_counts[layer, e]), int(stats.retain_counts[layer, e])
+            f, r, p = hits / n, others / m, (hits + others) / (n + m)
+            value[layer, e] = {
+                "log_ratio": f * math.log(f / r),
+                "difference": f - r,
+                "ratio": f / r,
+                "z_score": (f - r) / math.sqrt(p * (1 - p) * (1 / n + 1 / m)),
+            }[rank]
+    good = sorted((v, pair) for pair, v in value.items() if stats.forget_counts[pair] >= 300)[::-1]
+    good = [(v, pair) for v, pair in good if stats.forget_frequency[pair] > stats.retain_frequency[pair]]
+    options = {"rank": rank, "tau": 0.0, "min_count": 300, "experts_per_layer": None}
+    assert 4 < len(good) < 24
+    expected = sorted(list(pair) for _, pair in good)
+    assert select_experts(stats, **options).tolist() == expected
+    expected = sorted(list(pair) for _, pair in good[:4])
+    assert select_experts(stats, **options, max_experts=4).tolist() == expected
+    threshold = good[2][0]
+    expected = sorted(list(pair) for _, pair in good[:3])
+    assert select_experts(stats, **options, threshold=threshold).tolist() == expected
+    assert calibrate(stats, **options, threshold=threshold).selected.tolist() == expected
+    with pytest.raises(UserError, match=r"Lower threshold \(now 1e\+300\)"):
+        calibrate(stats, **options, threshold=1e300)
+    with pytest.raises(UserError, match=r"min_count \(now 5000\) to \d+ or less"):
+        calibrate(stats, min_count=5000)
+
+
+def test_documents_widen_the_intervals_and_lower_the_z_score():
+    stats = statistics()
+    found = calibrate(stats)
+    z = 1.959963984540054
+    for frequency, interval, n in ((found.f, found.f_interval, 1000), (found.r, found.r_interval, 400)):
+        assert ((interval[:, 0] < frequency) & (frequency < interval[:, 1])).all()
+        # Both ends p of Wilson's interval solve |p - frequency| = z sqrt(p (1 - p) / n).
+        deviation = (interval - frequency[:, None]).abs()
+        torch.testing.assert_close(deviation, z * (interval * (1 - interval) / n).sqrt())
+    alike = dataclasses.replace(
+        stats, forget_design_effect=torch.full((2, 8), 4.0), retain_design_effect=torch.full((2, 8), 4.0)
+    )
+    torch.testing.assert_close(rank_values(alike, "z_score"), rank_values(stats, "z_score") / 2)
+    wider = calibrate(alike)
+    assert (wider.r_interval.diff() > 1.8 * found.r_interval.diff()).all()
+    assert "[0." in wider.summary()
+    single = dataclasses.replace(stats, retain_design_effect=torch.full((2, 8), math.inf))
+    assert (calibrate(single).r_interval == torch.tensor([0.0, 1.0])).all()
+    assert (rank_values(single, "z_score") == 0).all()
+
+
+def test_additive_matches_more_closely_than_any_other_rule_of_the_same_sample_size():
+    errors = {}
+    for rule in ("balance", "additive"):
+        found = calibrate(statistics(skew=3.0), rule=rule, min_ess=0.6, experts_per_layer=None)
+        assert found.ess == pytest.approx(0.6, abs=1e-4)
+        errors[rule] = float(((found.weighted_r - found.f) ** 2).sum())
+    assert errors["additive"] < 0.999 * errors["balance"]
+
+
+def test_the_rule_shuffled_is_the_control():
+    control, found = calibrate(statistics(), rule="shuffled"), calibrate(statistics())
+    assert control.shuffle_seed == 0
+    assert torch.equal(control.token_weight, found.shuffled(0).token_weight)
+
+
 @pytest.fixture(scope="module")
 def profiled():
     model = tiny.model("qwen3_moe", VOCAB)
@@ -201,7 +275,7 @@ def profiled():
     return model, forget, retain, run(model, forget, retain)
 
 
-@pytest.mark.parametrize("rule", ["balance", "product", "ratio", "uniform"])
+@pytest.mark.parametrize("rule", ["balance", "additive", "product", "ratio", "uniform"])
 def test_live_weights_are_the_stored_ones_on_the_same_routing(profiled, rule):
     model, _, retain, stats = profiled
     found = calibrate(stats, rule=rule)
@@ -318,6 +392,10 @@ def test_nothing_selected_says_which_knob_to_turn():
         ({"ridge": 0.0}, "ridge: got 0.0"),
         ({"experts_per_layer": 0}, "experts_per_layer: got 0"),
         ({"tau": math.nan}, "tau: got nan"),
+        ({"rank": "kl"}, "rank: got 'kl'"),
+        ({"threshold": math.nan}, "threshold: got nan"),
+        ({"max_experts": 0}, "max_experts: got 0"),
+        ({"min_count": -1}, "min_count: got -1"),
         ({"selected": torch.tensor([[0, 8]])}, "selected: got"),
         ({"selected": torch.tensor([[0, 1], [0, 1]])}, "more than once"),
         ({"selected": torch.tensor([0, 1])}, "selected: got"),
