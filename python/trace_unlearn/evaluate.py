@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.likelihood import Routes, log_likelihood, routing_shift
 from trace_unlearn.model import check_inputs, check_placement, load_model, load_tokenizer
+from trace_unlearn.page import flatten, scalars, show
+from trace_unlearn.suites import Suite, open_suites
 
 
 @dataclasses.dataclass
@@ -34,6 +36,9 @@ class EvaluateOptions:
         retain: the data to keep, likewise.
         output: the folder to write metrics.json into.
         others: further data sets by name, such as held-out facts: {"neighbours": "neighbours.jsonl"}.
+        suites: benchmarks to measure too, each with its options: muse, tofu and lm_eval (WMDP, MMLU), as
+            {"muse": {"data": "muse-bench/MUSE-Books"}}. See docs/evaluation.md.
+        retrained: a checkpoint that was trained without the forget data: what PrivLeak and forget quality compare with.
         base: the model before unlearning; with it the routing shift is measured.
         max_length: the most tokens of a row.
         split: of hub data.
@@ -52,6 +57,8 @@ class EvaluateOptions:
     retain: str
     output: str
     others: dict[str, str] = dataclasses.field(default_factory=dict)
+    suites: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    retrained: str | None = None
     base: str | None = None
     max_length: int = 512
     split: str = "train"
@@ -164,6 +171,24 @@ def routes_of(
     return routes
 
 
+def measure_suites(
+    suites: Mapping[str, Suite],
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    reference: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """The scores of one model by suite; `reference`: those of a model that never saw the forget data."""
+    scores: dict[str, dict[str, Any]] = {}
+    with _evaluating(model):
+        for name, suite in suites.items():
+            found = suite.measure(model, tokenizer, batch_size=batch_size, progress=progress)
+            scores[name] = found | suite.compare(found, None if reference is None else reference[name])
+    return scores
+
+
 def check(options: EvaluateOptions) -> list[str]:
     """The checkpoints to measure; UserError for what can be told from the options alone."""
     models = [options.models] if isinstance(options.models, str) else options.models
@@ -178,6 +203,9 @@ def check(options: EvaluateOptions) -> list[str]:
             raise UserError(f"{name}: got {value}; an integer of at least {bound} is allowed")
     if options.device_map is None:
         check_placement(options.dtype, options.device)
+    open_suites(options.suites)
+    if options.retrained is not None and not options.suites:
+        raise UserError("retrained: got one, but none of suites, which alone compare with it")
     return models
 
 
@@ -186,12 +214,14 @@ def main(options: EvaluateOptions) -> None:
     target = Path(options.output) / "metrics.json"
     files.refuse_existing(target)
     models = check(options)
-    configs = [check_inputs(name, moe=options.base is not None) for name in models]
+    configs = {name: check_inputs(name, moe=options.base is not None) for name in models}
     if options.base is not None:
         check_inputs(options.base)
-    tokenizer = load_tokenizer(models[0], configs[0])
-    for name, config in zip(models[1:], configs[1:], strict=True):
-        if load_tokenizer(name, config).get_vocab() != tokenizer.get_vocab():
+    if options.retrained is not None:
+        configs[options.retrained] = check_inputs(options.retrained, moe=False)
+    tokenizer = load_tokenizer(models[0], configs[models[0]])
+    for name in list(configs)[1:]:
+        if load_tokenizer(name, configs[name]).get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name}: its tokenizer is not that of {models[0]}: NLLs cannot be compared")
     print(f"evaluate: {', '.join(models)} on {options.forget} and {options.retain} -> {target}")
 
@@ -205,15 +235,24 @@ def main(options: EvaluateOptions) -> None:
     others = {name: read(source) for name, source in options.others.items()}
     check_disjoint(forget, retain)
     sets = _named(forget, retain, others)
+    suites = open_suites(options.suites)
+    for suite in suites.values():
+        suite.read(tokenizer)
     base = None
     if options.base is not None:
         print(f"evaluate: routing of {options.base}")
         base = routes_of(load(options.base), sets, batch_size=options.batch_size, routing_tokens=options.routing_tokens)
+    reference = None
+    if options.retrained is not None:
+        print(f"evaluate: measuring {options.retrained}, the reference")
+        reference = measure_suites(suites, load(options.retrained), tokenizer, batch_size=options.batch_size)
     checkpoints: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for name in models:
         print(f"evaluate: measuring {name}")
+        model = load(name)
         checkpoints[name] = evaluate_model(
-            load(name),
+            model,
             tokenizer,
             forget,
             retain,
@@ -224,6 +263,8 @@ def main(options: EvaluateOptions) -> None:
             batch_size=options.batch_size,
             routing_tokens=options.routing_tokens,
         )
+        scores[name] = measure_suites(suites, model, tokenizer, reference, batch_size=options.batch_size)
+        del model  # before the next one is loaded
     choices = {
         "options": options,
         "nll": "mean over loss-bearing tokens, nats, float32 log-probabilities",
@@ -237,8 +278,10 @@ def main(options: EvaluateOptions) -> None:
             "python": platform.python_version(),
         },
     }
-    files.write_json(target, {"checkpoints": checkpoints, "choices": choices})
+    files.write_json(target, {"checkpoints": checkpoints, "suites": scores, "choices": choices})
     print(summary(checkpoints))
+    if suites:
+        print(suites_summary(scores))
     print(f"evaluate: wrote {target}")
 
 
@@ -256,6 +299,24 @@ def summary(checkpoints: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             values.append(found.get("routing_shift", {}).get("changed"))
             shown = ["-" if value is None else f"{value:.3f}" for value in values]
             rows.append((model, name, shown[0], shown[1], shown[2], shown[3]))
+    return _columns(rows)
+
+
+def suites_summary(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Every single score as a table for people, a column for each checkpoint.
+
+    >>> print(suites_summary({"before": {"muse": {"verbmem": 99.5}}, "after": {"muse": {"verbmem": 12.0}}}))
+    score         before  after
+    muse.verbmem  99.500  12.000
+    """
+    columns = {model: flatten(scalars(found)) for model, found in scores.items()}
+    names = dict.fromkeys(name for found in columns.values() for name in found)
+    rows = [("score", *columns)]
+    rows += [(name, *(show(found.get(name)) for found in columns.values())) for name in names]
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

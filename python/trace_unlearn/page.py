@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trace_unlearn.files import staged_file, write_text
 
@@ -157,3 +157,29 @@ def show(value: object) -> str:
             return f"{value:.3g}"
         return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
     return str(value)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, the keys joined by dots.
+
+    Example:
+        >>> flatten({"forget": {"nll": 1.5}, "steps": [1, 2]})
+        {'forget.nll': 1.5, 'steps': '1, 2'}
+    """
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return {prefix: value}
+
+
+def scalars(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the lists, such as one value a layer."""
+    return {
+        key: scalars(item) if isinstance(item, Mapping) else item
+        for key, item in value.items()
+        if not isinstance(item, list)
+    }

@@ -17,7 +17,7 @@ import torch
 
 from trace_unlearn import files, plots
 from trace_unlearn.errors import UserError
-from trace_unlearn.page import Page
+from trace_unlearn.page import Page, flatten, scalars
 
 if TYPE_CHECKING:
     from trace_unlearn.calibrate import Calibration
@@ -207,7 +207,7 @@ def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
 def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -> None:
     """The main measures, a column for each checkpoint, and all others in a folded table."""
     page.heading("Metrics")
-    columns = {name: flatten(_scalars(measures)) for name, measures in checkpoints.items()}
+    columns = {name: flatten(scalars(measures)) for name, measures in checkpoints.items()}
     names = list(dict.fromkeys(key for values in columns.values() for key in values))
     main = [name for name in names if name.partition(".")[2] in MAIN_MEASURES]
     for caption, shown in (
@@ -223,15 +223,6 @@ def _title(name: str) -> str:
     return f"{data}: {MAIN_MEASURES.get(measure, measure)}"
 
 
-def _scalars(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the lists, such as one value a layer."""
-    return {
-        key: _scalars(item) if isinstance(item, Mapping) else item
-        for key, item in value.items()
-        if not isinstance(item, list)
-    }
-
-
 def describe_choices(page: Page, choices: Mapping[str, Any]) -> None:
     """Every choice and version, as a folded table for each part."""
     if not choices:
@@ -239,23 +230,6 @@ def describe_choices(page: Page, choices: Mapping[str, Any]) -> None:
     page.heading("Choices and versions")
     for part, values in choices.items():
         page.table(part, ["name", "value"], list(flatten(values).items()), text=True, folded=True)
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, the keys joined by dots.
-
-    Example:
-        >>> flatten({"forget": {"nll": 1.5}, "steps": [1, 2]})
-        {'forget.nll': 1.5, 'steps': '1, 2'}
-    """
-    if isinstance(value, Mapping):
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-        return flat
-    if isinstance(value, list | tuple):
-        value = ", ".join(map(str, value))
-    return {prefix: value}
 
 
 def footer() -> str:

@@ -23,6 +23,7 @@ from trace_unlearn.files import read_json, refuse_existing, write_json
 from trace_unlearn.lock import LOCK, alone
 from trace_unlearn.profile import ProfileOptions
 from trace_unlearn.report import ReportOptions
+from trace_unlearn.suites import open_suites
 from trace_unlearn.train import TrainOptions
 
 if TYPE_CHECKING:
@@ -255,6 +256,13 @@ def _steps(options: RunOptions) -> list[Step]:
         read = {} if verb == "calibrate" else dict(inputs)
         if verb == "evaluate":
             read |= {f"others.{name}": digest_of(source, "evaluate.others") for name, source in built.others.items()}
+            for name, suite in open_suites(built.suites).items():
+                read |= {
+                    f"suites.{name}.{part}": digest_of(source, f"evaluate.suites.{name}.{part}")
+                    for part, source in suite.sources().items()
+                }
+            if built.retrained is not None:
+                read["retrained"] = digest_of(built.retrained, "evaluate.retrained")
         if steps:
             read[steps[-1].verb] = steps[-1].digest()
         steps.append(Step(verb, built, read))

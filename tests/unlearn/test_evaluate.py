@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import datasets
@@ -7,7 +10,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
 
-from trace_unlearn import evaluate, files, predictions
+from trace_unlearn import cli, evaluate, files, predictions
 from trace_unlearn.answers import answer_scores
 from trace_unlearn.data import load_tokens
 from trace_unlearn.encoding import Encoder
@@ -392,3 +395,34 @@ def test_a_failure_while_writing_keeps_the_disk_clean(options, tmp_path, monkeyp
     with pytest.raises(UserError, match=r"metrics\.json: cannot write it: No space left on device"):
         evaluate.main(options)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_killed_at_work_it_leaves_nothing_and_the_same_command_works(options, tmp_path):
+    words = ["evaluate", "--models", json.dumps(options.models), "--forget", options.forget, "--retain", options.retain]
+    command = [sys.executable, "-u", "-m", "trace_unlearn.cli", *words, "--output", options.output]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"evaluate: measuring {options.models[1]}"):  # the first one is measured already
+                break
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run").exists()
+    assert cli.main(command[4:]) == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.json"]
+    assert len(files.read_json(tmp_path / "run" / "metrics.json")["checkpoints"]) == 2
+
+
+def test_killed_while_writing_what_it_left_is_removed_by_the_next_writer(tmp_path):
+    target = tmp_path / "metrics.json"
+    program = f"""
+import os, signal
+from trace_unlearn import files
+files._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+files.write_json({str(target)!r}, {{"checkpoints": {{}}}})
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    files.write_json(target, {"checkpoints": {}})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

@@ -24,6 +24,9 @@ def configuration(tmp_path, checkpoint):
     """A run that takes seconds; (folder, path of config.yaml, run folder)."""
     for name, texts in (("forget", FORGET), ("retain", RETAIN)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "muse" / "privleak").mkdir(parents=True)
+    for name, texts in (("forget", FORGET), ("holdout", RETAIN)):
+        (tmp_path / "muse" / "privleak" / f"{name}.json").write_text(json.dumps([{"text": text} for text in texts]))
     (tmp_path / "config.yaml").write_text(
         f"""
 model: {checkpoint("qwen3_moe")}
@@ -43,6 +46,10 @@ train:
   learning_rate: 1.0e-3
 evaluate:
   max_new_tokens: 0
+  suites:
+    muse:
+      data: {tmp_path / "muse"}
+      retrain_auc: 0.5
 """
     )
     return tmp_path, tmp_path / "config.yaml", tmp_path / "run"
@@ -56,6 +63,7 @@ def test_all_steps_then_nothing_is_done_again(configuration, capsys):
     _, config, folder = configuration
     assert cli.main(["run", str(config)]) == 0
     assert list(made(folder)) == list(PRODUCTS)
+    assert "privleak" in read_json(folder / "metrics.json")["suites"][str(folder / "model")]["muse"]
     measures = read_json(folder / "metrics.json")["checkpoints"]
     assert len(measures) == 2
     assert "routing_shift" in measures[str(folder / "model")]["forget"]
@@ -95,6 +103,8 @@ def test_other_data_is_refused(configuration, capsys):
         file.write('{"text": "w1 w2 w3"}\n')
     assert cli.main(["run", str(config), "--report", "false"]) == 2
     assert "other inputs: retain" in capsys.readouterr().err
+    (folder_of_data / "muse" / "privleak" / "forget.json").write_text('["w1 w2 w3"]')
+    assert cli.main(["run", str(config), "--report", "false"]) == 2
     assert read_json(folder / "steps.json")["profile"]["options"]["batch_size"] == 4
 
 
@@ -129,6 +139,7 @@ def test_uniform_weights_need_no_calibration(configuration):
         (["--forget", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--train.objective", "magic"], "objective"),
         (["--calibrate.min_ess", "7"], "min_ess"),
+        (["--evaluate.suites.muse", '{"data": "/nowhere"}'], "suites.muse: data: got '/nowhere'"),
     ],
 )
 def test_mistakes_leave_no_product(configuration, capsys, words, said):
