@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from trace_kernels.recording import cdiv, record_product, size_of
+from trace_kernels.recording import cdiv, is_recording, record_product, size_of
+from trace_kernels.triton_backend import triton_unavailable
 
 
 def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -49,6 +50,19 @@ def product(
         addmm_float32(out, a, b)
     else:
         mm_float32(a, b, out)
+
+
+def counting(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> bool:
+    """Whether products of these skip dropped rows: on request, for 16-bit operands whose rows start on 32 bytes."""
+    choice = choice or os.environ.get("TRACE_KERNELS_GEMM", "library")
+    if choice not in ("library", "triton"):
+        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library' and 'triton'")
+    if choice == "library":
+        return False
+    if not is_recording() and (reason := triton_unavailable()) is not None:
+        raise ValueError(f"TRACE_KERNELS_GEMM: got 'triton', allowed here is 'library': {reason}")
+    aligned = all(size % 16 == 0 for size in weight.shape)
+    return aligned and hidden.dtype in (torch.bfloat16, torch.float16)
 
 
 def dense(matrix: torch.Tensor) -> torch.Tensor:

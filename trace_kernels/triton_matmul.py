@@ -1,8 +1,8 @@
 """Matrix products of which the device knows how many rows count.
 
 A library product takes its sizes from the host, which does not know how many tokens a batch drops unless it waits for
-the device. These read that number on the device and leave the rest undone. TRACE_KERNELS_GEMM=triton asks for them;
-the default, "library", is better when few tokens are dropped.
+the device. These read that number on the device and leave the rest undone, for the backends triton and cuda alike.
+TRACE_KERNELS_GEMM=triton asks for them; the default, "library", is better when few tokens are dropped.
 
 Run in Triton's interpreter, where the operands of `tl.dot` are float32, and compiled for sm_80, sm_90 and sm_100: the
 product of 16-bit operands was compiled only.
@@ -11,8 +11,6 @@ product of 16-bit operands was compiled only.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
@@ -79,12 +77,3 @@ def counted_product(
         num_warps=8, num_stages=3, bytes=size_of(a, b, out) + accumulate * size_of(out), flops=2 * M * N * K,
         COUNT_M=rows, ACCUMULATE=accumulate, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP,
     )  # fmt: skip
-
-
-def counting(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> bool:
-    """Whether products of these skip dropped rows: on request, for 16-bit operands whose rows start on 32 bytes."""
-    choice = choice or os.environ.get("TRACE_KERNELS_GEMM", "library")
-    if choice not in ("library", "triton"):
-        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library' and 'triton'")
-    aligned = all(size % 16 == 0 for size in weight.shape)
-    return choice == "triton" and aligned and hidden.dtype in (torch.bfloat16, torch.float16)

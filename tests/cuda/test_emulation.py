@@ -13,6 +13,8 @@ import sys
 import pytest
 from emulated import HERE, ORDERS, ROOT, build, preload
 
+from trace_kernels.triton_backend import interpreter_unavailable
+
 OPS = ("record_routing_", "cross_entropy", "router_topk", "linear_cross_entropy", "linear_log_prob", "linear_kl")
 
 pytestmark = [
@@ -26,12 +28,17 @@ def module():
     return build(ROOT / "build" / "cuda-emulation")
 
 
-@pytest.fixture(scope="module", params=OPS)
-def records(request, module):
-    environment = {**os.environ, "LD_PRELOAD": preload(), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, HERE / "emulated.py", module, request.param]
+def output_of(module, what, **variables):
+    environment = {**os.environ, "LD_PRELOAD": preload(), "ASAN_OPTIONS": "detect_leaks=0", **variables}
+    command = [sys.executable, HERE / "emulated.py", module, what]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, f"{result.stdout[-500:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+@pytest.fixture(scope="module", params=OPS)
+def records(request, module):
+    result = output_of(module, request.param)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
@@ -50,3 +57,9 @@ def test_refusals_are_those_of_the_design(records):
         "it computes in float32, weights_dtype is float64",
         "a warp holds up to 1024 experts and 64 chosen, not 3001 and 100",
     }
+
+
+@pytest.mark.skipif(interpreter_unavailable() is not None, reason=str(interpreter_unavailable()))
+def test_products_that_skip_dropped_rows(module):
+    path = os.pathsep.join([str(ROOT / "tests" / "triton"), *sys.path])
+    output_of(module, "counted", PYTHONPATH=path, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore")

@@ -11,13 +11,13 @@ import torch
 from no_label import no_label_problems
 
 from trace_kernels import chunks as chunk_memory
-from trace_kernels.chunks import KeptFirst
+from trace_kernels.chunks import KeptFirst, counting
 from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
 from trace_kernels.ops.linear_cross_entropy import triton as linear
 from trace_kernels.ops.linear_kl import reference as kl_reference
 from trace_kernels.ops.linear_kl import triton as kl
 from trace_kernels.triton_common import scaled_rows
-from trace_kernels.triton_matmul import counted_product, counting
+from trace_kernels.triton_matmul import counted_product
 
 CHECKS = {}
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -66,7 +66,7 @@ def small_memory(rows):
         del os.environ["TRACE_KERNELS_CHUNK_BYTES"]
 
 
-def linear_cross_entropy(dtype, bias, softcap):
+def linear_cross_entropy(dtype, bias, softcap, linear=linear):
     hidden, weight, target, row_weight, offset = inputs(dtype)
     offset = offset if bias else None
     arguments = (hidden, weight, offset, target, row_weight, -100, softcap, 0.7, True, True)
@@ -84,7 +84,7 @@ def linear_cross_entropy(dtype, bias, softcap):
     close(linear.forward(*arguments), linear_reference.forward(*arguments))
 
 
-def linear_kl(dtype, softcap):
+def linear_kl(dtype, softcap, kl=kl):
     hidden, weight, _, row_weight, _ = inputs(dtype)
     weight[1500] /= 20
     weight[4399] /= 60
@@ -120,8 +120,8 @@ def blocks_and_chunks_of_linear_kl():
         linear_kl(torch.float32, 30.0)
 
 
-@check
-def counted_products_give_the_same():
+def counted(linear, kl):
+    """The functions of two backend modules where products skip dropped rows."""
     os.environ["TRACE_KERNELS_GEMM"] = "triton"
     hidden, weight, *_ = inputs(torch.bfloat16)
     assert counting(hidden, weight)
@@ -129,11 +129,16 @@ def counted_products_give_the_same():
     assert not counting(hidden, weight[:101])
     try:
         with small_memory(rows=4):
-            linear_cross_entropy(torch.bfloat16, bias=True, softcap=None)
-            linear_cross_entropy(torch.float16, bias=False, softcap=30.0)
-            linear_kl(torch.bfloat16, None)
+            linear_cross_entropy(torch.bfloat16, bias=True, softcap=None, linear=linear)
+            linear_cross_entropy(torch.float16, bias=False, softcap=30.0, linear=linear)
+            linear_kl(torch.bfloat16, None, kl=kl)
     finally:
         del os.environ["TRACE_KERNELS_GEMM"]
+
+
+@check
+def counted_products_give_the_same():
+    counted(linear, kl)
 
 
 @check

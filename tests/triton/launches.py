@@ -124,7 +124,8 @@ def router_topk():
 
 
 def counted_products():
-    from trace_kernels.triton_matmul import counted_product, counting
+    from trace_kernels.chunks import counting
+    from trace_kernels.triton_matmul import counted_product
 
     count = empty(1, dtype=torch.int32)
     for dtype, H, V in ((BF16, 2048, 151936), (FP16, 2880, 201088)):

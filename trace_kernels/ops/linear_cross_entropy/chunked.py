@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import Chunks, KeptFirst, ScaledRows, WeightGradient, dense, product
+from trace_kernels.chunks import Chunks, KeptFirst, ScaledRows, WeightGradient, counting, dense, product
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class RowKernels:
             the row's weight, or 1 without `scale`, and 0 where the row is dropped. `cached`: z was just written.
         scaled_rows: see `ScaledRows`.
         column_sums: (rows [R, V], factor [R], sums [V]): sums += the sum of factor_t * rows_t.
-        counting: (hidden, weight): whether products skip dropped rows.
     """
 
     block: Callable[[torch.Tensor, torch.Tensor, Rows, torch.Tensor, int, Options, bool], None]
@@ -63,7 +62,6 @@ class RowKernels:
     gradient: Callable[..., None]
     scaled_rows: ScaledRows
     column_sums: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-    counting: Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 def forward(
@@ -82,7 +80,7 @@ def forward(
     """Logp [T], lse [T], dhidden [T, H], dweight [V, H], dbias [V]; those not wanted are empty."""
     options = Options(ignore_index, softcap, logit_scale)
     weight = dense(weight)
-    if not kernels.counting(hidden, weight):
+    if not counting(hidden, weight):
         rows = Rows(weight.shape[0], bias, target, row_weight)
         return _forward(kernels, hidden, weight, rows, options, want_dhidden, want_dweight, None)
     order = KeptFirst(target != ignore_index if row_weight is None else (target != ignore_index) & (row_weight != 0))
@@ -156,7 +154,7 @@ def backward_weight(
     options = Options(ignore_index, softcap, logit_scale)
     weight = dense(weight)
     order = None
-    if kernels.counting(hidden, weight):
+    if counting(hidden, weight):
         order = KeptFirst((target != ignore_index) & (row_grad != 0))
         hidden, target, lse, row_grad = (order.gathered(rows) for rows in (hidden, target, lse, row_grad))
     all_rows = Rows(weight.shape[0], bias, target, row_grad)

@@ -66,10 +66,6 @@ def _gradient(
     )  # fmt: skip
 
 
-def _counting(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    return False
-
-
-KERNELS = RowKernels(_block, _finish, _gradient, scaled_rows, column_sums, _counting)
+KERNELS = RowKernels(_block, _finish, _gradient, scaled_rows, column_sums)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)

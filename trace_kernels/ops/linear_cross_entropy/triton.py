@@ -27,7 +27,6 @@ from trace_kernels.triton_common import (
     transformed,
     zero_row,
 )
-from trace_kernels.triton_matmul import counting
 
 WARPS = 8
 #: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
@@ -229,6 +228,6 @@ def _gradient(
     )  # fmt: skip
 
 
-KERNELS = RowKernels(_block, _finish, _gradient, scaled_rows, column_sums, counting)
+KERNELS = RowKernels(_block, _finish, _gradient, scaled_rows, column_sums)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import CHUNK_BYTES, Chunks, KeptFirst, ScaledRows, WeightGradient, dense, product
+from trace_kernels.chunks import CHUNK_BYTES, Chunks, KeptFirst, ScaledRows, WeightGradient, counting, dense, product
 
 #: A row needs five times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
 BUDGET = 2 * CHUNK_BYTES
@@ -48,7 +48,6 @@ class RowKernels:
         gradient: (logits, dz [R, V], first, weights, lse, ref_lse, factor, options, cached): d kl / d (W h) of the
             columns from `first` on; factor becomes the row's weight, 0 if dropped. `cached`: the logits were just made.
         scaled_rows: see `ScaledRows`.
-        counting: (hidden, weight): whether products skip dropped rows.
     """
 
     block: Callable[
@@ -57,7 +56,6 @@ class RowKernels:
     ]
     gradient: Callable[..., None]
     scaled_rows: ScaledRows
-    counting: Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 class _Sides:
@@ -70,7 +68,6 @@ class _Sides:
 
     def __init__(
         self,
-        counting: Callable[[torch.Tensor, torch.Tensor], bool],
         hidden: torch.Tensor,
         weight: torch.Tensor,
         ref_hidden: torch.Tensor,
@@ -119,7 +116,7 @@ def forward(
     """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty."""
     (T, H), V = hidden.shape, weight.shape[0]
     options = Options(softcap, logit_scale)
-    sides = _Sides(kernels.counting, hidden, weight, ref_hidden, ref_weight, row_weight)
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_weight)
     gradient = want_dhidden or want_dweight
     kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
     lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
@@ -162,7 +159,7 @@ def backward_weight(
 ) -> torch.Tensor:
     """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
     options = Options(softcap, logit_scale)
-    sides = _Sides(kernels.counting, hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
     lse, ref_lse = sides.others
     factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     dweight = WeightGradient(kernels.scaled_rows, sides.weight)

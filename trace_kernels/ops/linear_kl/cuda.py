@@ -62,10 +62,6 @@ def _gradient(
     )
 
 
-def _counting(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    return False
-
-
-KERNELS = RowKernels(_block, _gradient, scaled_rows, _counting)
+KERNELS = RowKernels(_block, _gradient, scaled_rows)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)

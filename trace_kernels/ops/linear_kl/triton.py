@@ -29,7 +29,6 @@ from trace_kernels.triton_common import (
     transformed,
     zero_row,
 )
-from trace_kernels.triton_matmul import counting
 
 WARPS = 8
 
@@ -178,6 +177,6 @@ def _gradient(
     )  # fmt: skip
 
 
-KERNELS = RowKernels(_block, _gradient, scaled_rows, counting)
+KERNELS = RowKernels(_block, _gradient, scaled_rows)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)
