@@ -97,8 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def conformance() -> int:
-    """The whole suite on the device."""
-    command = [sys.executable, "-m", "pytest", "tests/test_conformance.py", "-k", "right and cuda"]
+    """The whole suite on the device, and every op captured in a CUDA graph and replayed."""
+    tests = ["tests/test_conformance.py", "tests/cuda/test_capture.py", "-k", "(right and cuda) or capture_and_replay"]
+    command = [sys.executable, "-m", "pytest", *tests]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

@@ -11,6 +11,7 @@ import torch
 
 from trace_kernels.backends import OpBackends
 from trace_kernels.native import cuda_unavailable, native
+from trace_kernels.recording import is_recording, record
 
 #: Codes of the element types (csrc/common/cuda.cuh).
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,12 +35,12 @@ def emulation(module: ModuleType) -> Iterator[None]:
 
 def unavailable() -> str | None:
     """Why no compiled CUDA kernel can run here, or None when they can."""
-    return None if _emulated is not None else cuda_unavailable()
+    return None if _emulated is not None or is_recording() else cuda_unavailable()
 
 
 def refuse_tensors(*args: Any) -> str | None:
     """Why a call on these tensors cannot run: the device, or float64."""
-    device = "cuda" if _emulated is None else "cpu"
+    device = "meta" if is_recording() else "cuda" if _emulated is None else "cpu"
     for value in args:
         if not isinstance(value, torch.Tensor):
             continue
@@ -65,7 +66,10 @@ def register(backends: OpBackends, module: ModuleType, *functions: str) -> None:
 
 
 def call(name: str, device: torch.device, *args: float) -> None:
-    """Run the compiled function `name` on `device`, on its current stream; a launch that fails raises."""
+    """Run the compiled function `name` on `device`, on its current stream, or record it; a launch that fails raises."""
+    if is_recording():
+        record(name)
+        return
     if _emulated is not None:
         getattr(_emulated, name)(*args, 0)
         return

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from trace_kernels.backends import OpBackends
+from trace_kernels.recording import is_recording
 
 MINIMUM = (3, 6)
 
@@ -59,7 +60,7 @@ def triton_unavailable() -> str | None:
     """Why no Triton kernel can run in this process, or None when it can."""
     if interpreting():
         return interpreter_unavailable()
-    if (reason := _version()[1]) is None and not torch.cuda.is_available():
+    if (reason := _version()[1]) is None and not torch.cuda.is_available() and not is_recording():
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
     return reason
 
@@ -69,7 +70,8 @@ def refuse_device(*args: Any, **kwargs: Any) -> str | None:
     for value in args:
         if not isinstance(value, torch.Tensor):
             continue
-        if value.device.type != "cuda" and not (value.device.type == "cpu" and interpreting()):
+        kind = value.device.type
+        if kind != "cuda" and not (kind == "cpu" and interpreting()) and not (kind == "meta" and is_recording()):
             return f"tensors are on {value.device}, it serves cuda (cpu only with TRITON_INTERPRET=1)"
         if value.dtype == torch.float64:
             return "float64 is served by the reference only"
