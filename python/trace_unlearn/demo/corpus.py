@@ -103,9 +103,16 @@ class Corpus:
 
 
 def make_corpus(
-    seed: int, *, pretrain_documents: int = 16000, forget_documents: int = 96, retain_documents: int = 384
+    seed: int,
+    *,
+    pretrain_documents: int = 16000,
+    forget_documents: int = 96,
+    retain_documents: int = 384,
+    adjacent_share: float = ADJACENT_SHARE,
 ) -> Corpus:
     """Generate the world of `seed`; the same seed gives the same world, whatever was generated before.
+
+    `adjacent_share` of the retain set is about A, at the cost of the other domains; nothing else depends on it.
 
     Example:
         >>> corpus = make_corpus(0, pretrain_documents=10)
@@ -147,7 +154,7 @@ def make_corpus(
     domains = [[fact for (d, _), facts in groups.items() if d == domain for fact in facts] for domain in range(DOMAINS)]
     total = sum(len(facts) for facts in domains)
     everything = [((1 - GENERAL_SHARE) * len(facts) / total, facts) for facts in domains]
-    others = (1 - GENERAL_SHARE - ADJACENT_SHARE) / (DOMAINS - 1)
+    others = (1 - GENERAL_SHARE - adjacent_share) / (DOMAINS - 1)
     kept = [(others, groups[domain, "retained"]) for domain in range(1, DOMAINS)]
     function_words = ("the", "a", "of", "is", ".", *RELATIONS)
     return Corpus(
@@ -162,7 +169,7 @@ def make_corpus(
         pretrain=documents("pretrain", pretrain_documents, [*everything, (GENERAL_SHARE, None)]),
         forget=documents("forget", forget_documents, [(1.0, groups[0, "forget"])]),
         retain=documents(
-            "retain", retain_documents, [*kept, (ADJACENT_SHARE, groups[0, "adjacent"]), (GENERAL_SHARE, None)]
+            "retain", retain_documents, [*kept, (adjacent_share, groups[0, "adjacent"]), (GENERAL_SHARE, None)]
         ),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def main(options: DemoOptions, say: Callable[[str], None] = print) -> None:
 def run_demo(options: DemoOptions, recipe: Recipe, say: Callable[[str], None] = print) -> Results:
     """Do what is missing in the output folder, print the results and write the report; returns the results."""
     from trace_unlearn.demo.results import collect, explain, write_report
-    from trace_unlearn.demo.workers import run_tasks
+    from trace_unlearn.demo.workers import TaskBar, run_tasks
 
     models = _checked(options)
     output = Path(options.output)
@@ -69,7 +68,7 @@ def run_demo(options: DemoOptions, recipe: Recipe, say: Callable[[str], None] = 
         tasks = _missing(folders, options.objective, recipe)
         workers = min(options.workers or os.cpu_count() or 1, max(len(tasks), 1))
         _announce(say, options, models, tasks, workers)
-        with _Bar(tasks) as on_progress:
+        with TaskBar(tasks) as on_progress:
             run_tasks(tasks, workers, on_progress)
         results = collect(folders, options.objective, recipe)
         explain(results, say)
@@ -155,28 +154,3 @@ def _announce(
         return
     seconds = sum(task.cost for task in tasks) / workers + 10
     say(f"      {len(tasks)} tasks for {workers} processes, about {seconds / 60:.1f} minutes on a free machine.")
-
-
-class _Bar:
-    """A progress bar over all tasks, in expected seconds, that names what is at work."""
-
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=sum(task.cost for task in tasks),
-            bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} (about {remaining} left) {desc}",
-            disable=not tasks,
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-        )
-
-    def __enter__(self) -> Callable[[Sequence[Task], set[str]], None]:
-        return self._update
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.set_description_str("", refresh=False)
-        self._bar.close()
-
-    def _update(self, tasks: Sequence[Task], at_work: set[str]) -> None:
-        self._bar.set_description_str(" · ".join(sorted(at_work)), refresh=False)
-        self._bar.update(sum(task.cost * task.done for task in tasks) - self._bar.n)

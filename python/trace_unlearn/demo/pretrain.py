@@ -72,8 +72,6 @@ def pretrain(
     corpus: Corpus, folder: Path, options: PretrainOptions | None = None, progress: Progress | None = None
 ) -> None:
     """Train a model on all of `corpus`; `folder` gets it, its tokenizer and its fact accuracies (knowledge.json)."""
-    from transformers import get_cosine_schedule_with_warmup
-
     options = options or PretrainOptions()
     tokenizer = corpus.tokenizer()
     texts = [f"{text} {tokenizer.eos_token}" for text in corpus.pretrain]
@@ -81,23 +79,37 @@ def pretrain(
     if documents.shape != (options.documents, DOCUMENT_TOKENS):
         raise ValueError(f"corpus: {tuple(documents.shape)} tokens, allowed: {(options.documents, DOCUMENT_TOKENS)}")
     model = new_model(options, len(corpus.vocabulary), corpus.seed)
+    fit(model, documents, documents, options, progress)
+    known = {group: ask(model, tokenizer, facts)[0] for group, facts in corpus.facts.items()}
+    with staged_folder(folder) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        write_json(staged / "knowledge.json", known)
+
+
+def fit(
+    model: PreTrainedModel,
+    documents: torch.Tensor,
+    labels: torch.Tensor,
+    options: PretrainOptions,
+    progress: Progress | None = None,
+) -> None:
+    """One pass over `documents` [options.documents, S] in their order; a label of -100 bears no loss."""
+    from transformers import get_cosine_schedule_with_warmup
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
+    batches = zip(documents.chunk(options.steps), labels.chunk(options.steps), strict=True)
     model.train()
-    for step, batch in enumerate(documents.view(options.steps, -1, DOCUMENT_TOKENS), start=1):
+    for step, (batch, wanted) in enumerate(batches, start=1):
         # With the router logits the model adds its load-balancing loss.
-        model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False).loss.backward()
+        model(input_ids=batch, labels=wanted, output_router_logits=True, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if progress is not None:
             progress(step, options.steps)
-    known = {group: ask(model, tokenizer, facts)[0] for group, facts in corpus.facts.items()}
-    with staged_folder(folder) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        write_json(staged / "knowledge.json", known)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,12 @@ from trace_unlearn.demo.workers import Progress
 from trace_unlearn.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from trace_unlearn.calibrate import Calibration
+    from trace_unlearn.config import TraceConfig
+    from trace_unlearn.trainer import TraceTrainer
 
 ARMS = ("uniform", "TRACE", "shuffled")  # shuffled: TRACE's weights, each on a random token; the control
 DATA = ("forget.jsonl", "retain.jsonl")
@@ -43,7 +49,7 @@ class Recipe:
 
 def prepare(folder: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
     """Make data/, checkpoint/, profile/ and calibration/ of the model `seed` in `folder`."""
-    _be_quiet()
+    be_quiet()
     from trace_unlearn.calibrate import calibrate
     from trace_unlearn.data import load_tokens
     from trace_unlearn.model import load_model, load_tokenizer
@@ -75,14 +81,11 @@ def prepare(folder: Path, seed: int, recipe: Recipe, progress: Progress) -> None
 
 def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, progress: Progress) -> None:
     """Make OBJECTIVE/ARM/ in `folder`: the unlearned checkpoint, and in its trace.json what it knew every few steps."""
-    _be_quiet()
-    from transformers import PrinterCallback, TrainingArguments
-
+    be_quiet()
     from trace_unlearn.calibrate import Calibration
     from trace_unlearn.config import TraceConfig
     from trace_unlearn.data import load_tokens
     from trace_unlearn.model import load_model, load_tokenizer
-    from trace_unlearn.trainer import TraceTrainer
 
     output = folder / objective / arm
     if output.is_dir():
@@ -91,44 +94,82 @@ def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, p
     forget, retain = (load_tokens(folder / "data" / name, tokenizer, progress=False) for name in DATA)
     calibration = Calibration.load(folder / "calibration")
     facts = make_corpus(seed, pretrain_documents=0, forget_documents=0, retain_documents=0).facts
+    config = TraceConfig(
+        objective=objective,
+        alpha=recipe.retain_weight,
+        beta=recipe.npo_beta,
+        weighting="uniform" if arm == "uniform" else "reference",
+        retain_per_forget=recipe.retain_per_forget,
+    )
     curve: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="trace-demo-") as work:
-        trainer = TraceTrainer(
+        trainer = make_trainer(
+            work,
             load_model(folder / "checkpoint", device="cpu"),
-            TrainingArguments(
-                work,
-                max_steps=recipe.unlearn_steps,
-                per_device_train_batch_size=recipe.forget_per_step,
-                learning_rate=LEARNING_RATES[objective],
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                seed=seed,
-                use_cpu=True,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
-            config=TraceConfig(
-                objective=objective,
-                alpha=recipe.retain_weight,
-                beta=recipe.npo_beta,
-                weighting="uniform" if arm == "uniform" else "reference",
-                retain_per_forget=recipe.retain_per_forget,
-            ),
-            forget=forget,
-            retain=retain,
+            tokenizer,
+            forget,
+            retain,
+            config=config,
             calibration=calibration.shuffled(seed) if arm == "shuffled" else calibration,
-            processing_class=tokenizer,
-            callbacks=[_knowledge_recorder(curve, facts, tokenizer, recipe, progress)],
+            recipe=recipe,
+            learning_rate=LEARNING_RATES[objective],
+            seed=seed,
+            callback=recorder(curve, lambda model: knowledge(model, tokenizer, facts), recipe, progress),
         )
-        trainer.remove_callback(PrinterCallback)  # prints the logs where there is no bar of the Trainer's own
         trainer.train()
         trainer.save_unlearned(output, {"arm": arm, "curve": curve})
 
 
-def _be_quiet() -> None:
+def make_trainer(
+    work: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    *,
+    config: TraceConfig,
+    calibration: Calibration,
+    recipe: Recipe,
+    learning_rate: float,
+    seed: int,
+    callback: TrainerCallback,
+    log: bool = False,
+) -> TraceTrainer:
+    """The trainer of one arm; `work` is a scratch folder. With `log`, a loss that is no number is an error."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from trace_unlearn.trainer import TraceTrainer
+
+    trainer = TraceTrainer(
+        model,
+        TrainingArguments(
+            work,
+            max_steps=recipe.unlearn_steps,
+            per_device_train_batch_size=recipe.forget_per_step,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=seed,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="steps" if log else "no",
+            logging_steps=recipe.evaluate_every,
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        config=config,
+        forget=forget,
+        retain=retain,
+        calibration=calibration,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints the logs where there is no bar of the Trainer's own
+    return trainer
+
+
+def be_quiet() -> None:
     """Nothing here comes from a hub, and the bars that show it are the parent's."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported
     import transformers
@@ -136,10 +177,19 @@ def _be_quiet() -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _knowledge_recorder(
+def knowledge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict[str, tuple[Fact, ...]]
+) -> dict[str, float]:
+    """Accuracy and NLL on each group of facts."""
+    point: dict[str, float] = {}
+    for group, asked in facts.items():
+        point[f"{group}_accuracy"], point[f"{group}_nll"] = ask(model, tokenizer, asked)
+    return point
+
+
+def recorder(
     curve: list[dict[str, float]],
-    facts: dict[str, tuple[Fact, ...]],
-    tokenizer: PreTrainedTokenizerBase,
+    read_out: Callable[[PreTrainedModel], dict[str, float]],
     recipe: Recipe,
     progress: Progress,
 ) -> TrainerCallback:
@@ -156,9 +206,7 @@ def _knowledge_recorder(
                 self._record(state, control, kwargs["model"])
 
         def _record(self, state: Any, control: Any, model: Any) -> None:
-            point: dict[str, float] = {"step": state.global_step}
-            for group, asked in facts.items():
-                point[f"{group}_accuracy"], point[f"{group}_nll"] = ask(model, tokenizer, asked)
+            point = {"step": state.global_step, **read_out(model)}
             curve.append(point)
             if point["F_nll"] > recipe.stop_at_forget_nll:
                 control.should_training_stop = True

@@ -77,6 +77,31 @@ def run_tasks(tasks: Sequence[Task], workers: int, on_progress: Callable[[Sequen
             on_progress(tasks, {task.name for task in at_work.values()})
 
 
+class TaskBar:
+    """A progress bar over all tasks, in expected seconds, that names what is at work."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=sum(task.cost for task in tasks),
+            bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} (about {remaining} left) {desc}",
+            disable=not tasks,
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+        )
+
+    def __enter__(self) -> Callable[[Sequence[Task], set[str]], None]:
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.set_description_str("", refresh=False)
+        self._bar.close()
+
+    def _update(self, tasks: Sequence[Task], at_work: set[str]) -> None:
+        self._bar.set_description_str(" · ".join(sorted(at_work)), refresh=False)
+        self._bar.update(sum(task.cost * task.done for task in tasks) - self._bar.n)
+
+
 @contextmanager
 def _started(count: int) -> Iterator[list[Connection]]:
     """Connections to `count` fresh processes, ended on the way out."""
