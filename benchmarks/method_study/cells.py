@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 UNIFORM, TRACE, SHUFFLED = "uniform", "TRACE", "shuffled"
-SELECTIONS = ("log_ratio", "difference", "ratio")
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ RETAIN_WEIGHTS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 SECTIONS: dict[str, list[Arm]] = {
     "base": with_baseline(_DEFAULT, control=True),
     "strong_retain": with_baseline(Arm(retain_weight=32.0), control=True),
-    "rule": [Arm(rule=rule) for rule in ("product", "ratio")],
+    "rule": [Arm(rule=rule) for rule in ("additive", "product", "ratio")],
     "min_ess": [Arm(min_ess=bound) for bound in (0.2, 0.8)],
     "experts": [Arm(experts=count) for count in (2, 8, None)],
     "routing": [Arm(routing="live")],
-    "selection": [Arm(selection=rule) for rule in SELECTIONS[1:]],
+    "selection": [Arm(selection=rule) for rule in ("difference", "ratio", "z_score")],
     "retain_weight": [
         arm
         for weight in (16.0, 64.0, 4.0, 2.0)

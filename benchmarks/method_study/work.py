@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.method_study.cells import SHUFFLED, UNIFORM, Arm
 from benchmarks.method_study.worlds import FORGET_RISE, SIZES, Sizes, World, is_finite, make_world, save_documents
 from trace_unlearn.demo.pretrain import fit, new_model
@@ -141,18 +139,7 @@ def _calibration(folder: Path, model: Any, forget: Any, retain: Any, world: Worl
         stats = profile_routing(model, forget, retain, batch_size=32, pad_token_id=pad, progress=False)
         _make_once(profile, lambda: stats.save(profile))
     stats = RoutingStatistics.load(profile)
-    return calibrate(stats, select(stats, arm.selection, arm.experts), rule=arm.rule, min_ess=arm.min_ess)
-
-
-def select(stats: Any, selection: str, experts: int | None) -> torch.Tensor:
-    """[M, 2]: of the pairs with f > r and f >= k / E, the first `experts` of each layer by `selection`."""
-    f, r = stats.forget_frequency, stats.retain_frequency
-    qualifies = (f > r) & (f >= stats.top_k / f.shape[1])
-    rank = {"log_ratio": f * (f / r).log(), "difference": f - r, "ratio": f / r}[selection]
-    rank = rank.masked_fill(~qualifies, -torch.inf)
-    best = rank.sort(dim=1, descending=True, stable=True).indices[:, :experts]
-    kept = torch.zeros_like(qualifies).scatter(1, best, True) & qualifies
-    return kept.nonzero()
+    return calibrate(stats, rule=arm.rule, min_ess=arm.min_ess, experts_per_layer=arm.experts, rank=arm.selection)
 
 
 def default_sizes(quick: bool) -> dict[str, Sizes]:
