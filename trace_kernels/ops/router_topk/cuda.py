@@ -6,6 +6,7 @@ import torch
 
 from trace_kernels.cuda_backend import ELEMENTS, call, most_blocks
 from trace_kernels.native import address
+from trace_kernels.ops.router_topk.native import prepared
 from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
 
@@ -39,48 +40,11 @@ def forward(
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> Outputs:
-    """Weights, indices and chosen scores [T, k], stats [T, 2], counts [E], score [T]; what is not wanted is empty."""
-    T, E = logits.shape
-    device = logits.device
-    bias = None if selection_bias is None else selection_bias.float().contiguous()
-    table = None if table is None else table.contiguous()
-    weights = torch.empty((T, rule.k), dtype=weights_dtype, device=device)
-    indices = torch.empty((T, rule.k), dtype=torch.int64, device=device)
-    chosen = torch.empty((T if keep else 0, rule.k), dtype=torch.float32, device=device)
-    stats = torch.empty((T if keep and rule.dense_gradient else 0, 2), dtype=torch.float32, device=device)
-    counts = torch.zeros(E if want_counts else 0, dtype=torch.int64, device=device)
-    score = torch.empty(0 if table is None else T, dtype=torch.float32, device=device)
-    call(
-        "router_topk_cuda",
-        device,
-        logits.data_ptr(),
-        ELEMENTS[logits.dtype],
-        T,
-        E,
-        *logits.stride(),
-        rule.k,
-        SCORE_FUNCTIONS.index(rule.score_function),
-        rule.renormalize,
-        rule.scale,
-        rule.eps,
-        address(bias),
-        rule.num_groups,
-        rule.topk_groups,
-        rule.group_score == "sum_top2",
-        rule.masked_group_value,
-        address(token_mask),
-        0 if token_mask is None else token_mask.stride(0),
-        address(table),
-        weights.data_ptr(),
-        ELEMENTS[weights_dtype],
-        indices.data_ptr(),
-        chosen.data_ptr() if chosen.numel() else 0,
-        stats.data_ptr() if stats.numel() else 0,
-        counts.data_ptr() if want_counts else 0,
-        score.data_ptr() if score.numel() else 0,
-        most_blocks(device, 4),
+    outputs, arguments, _alive = prepared(
+        logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep
     )
-    return weights, indices, chosen, stats, counts, score
+    call("router_topk_cuda", logits.device, *arguments, most_blocks(logits.device, 4))
+    return outputs
 
 
 def backward(

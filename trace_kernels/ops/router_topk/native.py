@@ -45,16 +45,38 @@ def forward_cpu(
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> Outputs:
-    T, E = logits.shape
+    outputs, arguments, _alive = prepared(
+        logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep
+    )
+    native().router_topk_cpu(*arguments, num_threads())
+    return outputs
+
+
+def prepared(
+    logits: torch.Tensor,
+    rule: Rule,
+    selection_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    want_counts: bool,
+    weights_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Outputs, tuple[float, ...], tuple[torch.Tensor | None, ...]]:
+    """What a compiled forward kernel fills, its arguments, and tensors that must outlive the call.
+
+    The outputs are weights, indices and chosen scores [T, k], stats [T, 2], counts [E] and score [T]; what is not
+    wanted is empty.
+    """
+    (T, E), device = logits.shape, logits.device
     bias = None if selection_bias is None else selection_bias.float().contiguous()
     table = None if table is None else table.contiguous()
-    weights = torch.empty(T, rule.k, dtype=weights_dtype)
-    indices = torch.empty(T, rule.k, dtype=torch.int64)
-    chosen = torch.empty(T if keep else 0, rule.k)
-    stats = torch.empty(T if keep and rule.dense_gradient else 0, 2)
-    counts = torch.zeros(E if want_counts else 0, dtype=torch.int64)
-    score = torch.empty(0 if table is None else T)
-    native().router_topk_cpu(
+    weights = torch.empty(T, rule.k, dtype=weights_dtype, device=device)
+    indices = torch.empty(T, rule.k, dtype=torch.int64, device=device)
+    chosen = torch.empty(T if keep else 0, rule.k, dtype=torch.float32, device=device)
+    stats = torch.empty(T if keep and rule.dense_gradient else 0, 2, dtype=torch.float32, device=device)
+    counts = torch.zeros(E if want_counts else 0, dtype=torch.int64, device=device)
+    score = torch.empty(0 if table is None else T, dtype=torch.float32, device=device)
+    arguments = (
         logits.data_ptr(),
         DTYPES[logits.dtype],
         T,
@@ -80,9 +102,8 @@ def forward_cpu(
         stats.data_ptr() if stats.numel() else 0,
         counts.data_ptr() if want_counts else 0,
         score.data_ptr() if score.numel() else 0,
-        num_threads(),
     )
-    return weights, indices, chosen, stats, counts, score
+    return (weights, indices, chosen, stats, counts, score), arguments, (bias, table)
 
 
 def backward_cpu(
