@@ -50,14 +50,15 @@ def interleave(
     seconds: float = 3.0,
     least_rounds: int = 5,
     most_rounds: int = 100,
+    warm_ups: int = 2,
 ) -> dict[str, Timing]:
     """Time every candidate once a round until about `seconds` a candidate have passed.
 
-    Two warm-up calls first. Each candidate makes its own inputs fresh, so nothing is timed on a cached result.
+    `warm_ups` calls of each first. Each candidate makes its own inputs fresh, so nothing is timed on a cached result.
     """
     cache = ColdCache(device)
     for candidate in candidates.values():
-        for _ in range(2):
+        for _ in range(warm_ups):
             candidate()
     timings = {name: Timing([]) for name in candidates}
     begin = time.perf_counter()
