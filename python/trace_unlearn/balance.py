@@ -19,87 +19,18 @@ the largest ESS of all whose squared mismatch is as small.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
-Array = npt.NDArray[np.float64]
-_CHUNK = 1 << 14  # rows of hit bits that are float64 at a time
+from trace_unlearn.patterns import Patterns
+
 _LARGEST_RIDGE = 1e8
 _ESS_SLACK = 1e-5  # how close above its bound the search brings the effective sample size
 _ROUGH, _EXACT = 1e-6, 1e-11  # the largest entry of the gradient, during the search and at its end
-
-
-@dataclass(frozen=True)
-class Patterns:
-    """The distinct rows of hit bits, sorted, with how many tokens have each: what the solver sees of the tokens.
-
-    That makes it exactly independent of the order of the tokens.
-    """
-
-    bits: npt.NDArray[np.uint8]  # [n, M]
-    counts: Array  # [n]
-    token_pattern: npt.NDArray[np.int64]  # [N]: the row of each token
-
-    @classmethod
-    def of(cls, packed: npt.NDArray[np.uint8], num_bits: int) -> Patterns:
-        """From hit bits packed by numpy.packbits: [N, ceil(M / 8)]."""
-        if num_bits == 0:  # all tokens are alike
-            return cls(np.zeros((1, 0), np.uint8), np.array([float(len(packed))]), np.zeros(len(packed), np.int64))
-        rows, inverse, counts = np.unique(packed, axis=0, return_inverse=True, return_counts=True)
-        bits = np.unpackbits(rows, axis=1, count=num_bits)
-        return cls(bits, counts.astype(np.float64), inverse.reshape(-1).astype(np.int64))
-
-    @property
-    def total(self) -> float:
-        return float(self.counts.sum())
-
-    def scores(self, coefficients: Array) -> Array:
-        """[n]: coefficients . a."""
-        parts = (self.bits[i : i + _CHUNK] @ coefficients for i in range(0, len(self.bits), _CHUNK))
-        return np.concatenate([np.zeros(0), *parts])
-
-    def frequencies(self, weights: Array) -> Array:
-        """[M]: mean over tokens of w_t a_t."""
-        mass = self.counts * weights / self.total
-        total = np.zeros(self.bits.shape[1])
-        for i in range(0, len(self.bits), _CHUNK):
-            total += mass[i : i + _CHUNK] @ self.bits[i : i + _CHUNK]
-        return total
-
-    def second_moments(self, weights: Array) -> Array:
-        """[M, M]: mean over tokens of w_t a_t a_t^T."""
-        # In float32 products: Newton's direction may be inexact, its gradient is not.
-        mass = (self.counts * weights / self.total).astype(np.float32)
-        total = np.zeros((self.bits.shape[1],) * 2)
-        for i in range(0, len(self.bits), _CHUNK):
-            rows = self.bits[i : i + _CHUNK].astype(np.float32)
-            total += (rows * mass[i : i + _CHUNK, None]).T @ rows
-        return total
-
-    def ess(self, weights: Array) -> float:
-        """Effective sample size as a share: (sum w)^2 / (N sum w^2)."""
-        return float((self.counts @ weights) ** 2 / (self.total * (self.counts @ weights**2)))
-
-
-def log_scale(log_raw: Array, counts: Array, cap: float) -> float:
-    """The mu with mean(min(exp(log_raw + mu), cap)) = 1 over tokens; unique for cap > 1 and raw values above 0."""
-    order = np.argsort(-log_raw, kind="stable")
-    values, sizes = log_raw[order], counts[order]
-    # What the tokens from this one on must sum to, and what they do, when all before it are at the cap.
-    left = sizes.sum() - cap * (np.cumsum(sizes) - sizes)
-    tail = np.logaddexp.accumulate((np.log(sizes) + values)[::-1])[::-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mu = np.log(left) - tail
-    fits = (left > 0) & (values + mu <= np.log(cap))
-    return float(mu[np.argmax(fits)])
-
-
-def capped(log_raw: Array, mu: float, cap: float) -> Array:
-    weights: Array = np.exp(np.minimum(log_raw + mu, np.log(cap)))
-    return weights
+_SAMPLE = 1 << 18  # rows from which Newton's direction and the first guess are computed, where there are more
 
 
 class Distance(Protocol):
@@ -107,15 +38,15 @@ class Distance(Protocol):
 
     largest: float  # of abs(x): beyond it float32 tables are not exact enough
 
-    def scale(self, raw: Array, counts: Array, cap: float) -> float:
+    def scale(self, raw: torch.Tensor, counts: torch.Tensor, cap: float) -> float:
         """The mu with which the mean weight is 1."""
         ...
 
-    def weights(self, x: Array, cap: float) -> Array: ...
+    def weights(self, x: torch.Tensor, cap: float) -> torch.Tensor: ...
 
-    def psi(self, x: Array, weights: Array, cap: float) -> Array: ...
+    def psi(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor: ...
 
-    def slope(self, x: Array, weights: Array, cap: float) -> Array:
+    def slope(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor:
         """The derivative of F: by how much weights move with x."""
         ...
 
@@ -123,48 +54,61 @@ class Distance(Protocol):
 class Entropy:
     largest = 80.0  # exp of it and of its negative are float32 numbers
 
-    def scale(self, raw: Array, counts: Array, cap: float) -> float:
-        return log_scale(raw, counts, cap)
+    def scale(self, raw: torch.Tensor, counts: torch.Tensor, cap: float) -> float:
+        # Without the cap mu is lowest; what is at the cap then stays there, so the set at the cap only grows.
+        log_mass = raw + counts.log()
+        total, log_cap = float(counts.sum()), math.log(cap)
+        capped = torch.zeros(len(raw), dtype=torch.bool)
+        at_cap = 0.0
+        while True:
+            free = torch.where(capped, -torch.inf, log_mass) if at_cap else log_mass
+            left = total - cap * at_cap
+            mu = (math.log(left) if left > 0 else -math.inf) - float(free.logsumexp(0))
+            if not math.isfinite(mu):  # all the weight is at the cap
+                return log_cap - float(raw[capped].min())
+            capped = raw + mu > log_cap
+            grown = float((counts * capped).sum())
+            if grown <= at_cap:
+                return mu
+            at_cap = grown
 
-    def weights(self, x: Array, cap: float) -> Array:
-        return capped(x, 0.0, cap)
+    def weights(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return x.clamp(max=math.log(cap)).exp()
 
-    def psi(self, x: Array, weights: Array, cap: float) -> Array:
-        beyond: Array = np.maximum(x - np.log(cap), 0)
-        return weights * (1 + beyond)
+    def psi(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor:
+        return weights * (1 + (x - math.log(cap)).clamp(min=0))
 
-    def slope(self, x: Array, weights: Array, cap: float) -> Array:
-        return np.where(x < np.log(cap), weights, 0.0)
+    def slope(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor:
+        return torch.where(x < math.log(cap), weights, 0.0)
 
 
 class ChiSquare:
     largest = 1e3
 
-    def scale(self, raw: Array, counts: Array, cap: float) -> float:
+    def scale(self, raw: torch.Tensor, counts: torch.Tensor, cap: float) -> float:
         # The mean weight is piecewise linear and rising in mu: Newton, halving the bracket where a step leaves it.
-        total = counts.sum()
+        total = float(counts.sum())
         low, high = 1 - float(raw.max()), 1 - float(raw.min())
-        mu = min(max(1 - float(counts @ raw / total), low), high)
+        mu = min(max(1 - float((counts * raw).sum()) / total, low), high)
         for _ in range(200):
             x = raw + mu
-            excess = float(counts @ self.weights(x, cap) / total) - 1
+            excess = float((counts * self.weights(x, cap)).sum()) / total - 1
             if abs(excess) <= 1e-15 or high - low <= 1e-15 * (1 + abs(mu)):
                 break
             low, high = (low, mu) if excess > 0 else (mu, high)
-            rate = float(counts @ ((x > 0) & (x < cap)) / total)
+            rate = float((counts * ((x > 0) & (x < cap))).sum()) / total
             tried = mu - excess / rate if rate > 0 else low
             mu = tried if low < tried < high else (low + high) / 2
         return mu
 
-    def weights(self, x: Array, cap: float) -> Array:
-        within: Array = np.clip(x, 0.0, cap)
-        return within
+    def weights(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return x.clamp(0.0, cap)
 
-    def psi(self, x: Array, weights: Array, cap: float) -> Array:
+    def psi(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor:
         return weights * (x - weights / 2)
 
-    def slope(self, x: Array, weights: Array, cap: float) -> Array:
-        return ((x > 0) & (x < cap)).astype(np.float64)
+    def slope(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor:
+        return ((x > 0) & (x < cap)).double()
 
 
 DISTANCES: dict[str, Distance] = {"balance": Entropy(), "additive": ChiSquare()}  # by the rule that uses it
@@ -174,96 +118,150 @@ DISTANCES: dict[str, Distance] = {"balance": Entropy(), "additive": ChiSquare()}
 class Balance:
     """A solution: the dual variables [M], and the ridge they belong to."""
 
-    coefficients: Array
+    coefficients: torch.Tensor
     ridge: float
     ess: float
     largest: float  # over tokens, abs(lambda . a + mu)
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What is solved, apart from the ridge."""
+
+    patterns: Patterns
+    sample: Patterns  # a part of them, or the same
+    target: torch.Tensor
+    distance: Distance
+    cap: float
+    min_ess: float
+
+    def keeps(self, found: Balance) -> bool:
+        return found.ess >= self.min_ess and found.largest <= self.distance.largest
+
+
 def balance(
-    patterns: Patterns, target: Array, *, ridge: float, min_ess: float, cap: float, rule: str = "balance"
+    patterns: Patterns, target: torch.Tensor, *, ridge: float, min_ess: float, cap: float, rule: str = "balance"
 ) -> Balance:
     """Solves the problem for the smallest ridge from `ridge` on whose weights keep an ESS of `min_ess`.
 
-    The mismatch grows with the ridge, so of all ridges that keep the bound this one has the least. Between a ridge
-    that keeps it and one that does not the search halves the interval, in logarithms. Targets that no weights meet
-    send lambda to infinity as the ridge falls: numbers beyond float32 count as a bound not kept.
+    The mismatch grows with the ridge, so of all ridges that keep the bound this one has the least. Targets that no
+    weights meet send lambda to infinity as the ridge falls: numbers beyond float32 count as a bound not kept.
+
+    With many patterns the search first runs on a sample of them; the rest of it, on all, starts there.
     """
-    distance = DISTANCES[rule]
-
-    def keeps(found: Balance) -> bool:
-        return found.ess >= min_ess and found.largest <= distance.largest
-
-    low, kept = ridge, Balance(np.zeros(patterns.bits.shape[1]), _LARGEST_RIDGE, 1.0, 0.0)
+    sample = patterns.thinned(_SAMPLE)
+    problem = _Problem(patterns, sample, target, DISTANCES[rule], cap, min_ess)
+    even = Balance(torch.zeros(patterns.num_bits, dtype=torch.float64), _LARGEST_RIDGE, 1.0, 0.0)
     # Down from a large ridge, where the solution is near uniform and each one starts the next.
-    falling = max(1.0, ridge)
-    while True:
-        found = _solve(distance, patterns, target, falling, cap, kept.coefficients, _ROUGH)
-        if not keeps(found):
-            low = falling
-            break
-        kept = found
-        if falling <= ridge:
-            break
-        falling = max(falling / 8, ridge)
-    while low < kept.ridge * (1 - 1e-5) and kept.ess > min_ess + _ESS_SLACK:
-        middle = float(np.sqrt(low * kept.ridge))
-        found = _solve(distance, patterns, target, middle, cap, kept.coefficients, _ROUGH)
-        if keeps(found):
-            kept = found
-        else:
-            low = middle
+    start, factor = replace(even, ridge=max(1.0, ridge)), 8.0
+    if sample is not patterns:
+        start, factor = _search(replace(problem, patterns=sample), even, start, ridge, factor), 1.01
+    kept = _search(problem, even, start, ridge, factor)
     # The rough solutions placed the ridge; this one is exact, and may fall below the bound by as much as they were off.
-    while not keeps(found := _solve(distance, patterns, target, kept.ridge, cap, kept.coefficients, _EXACT)):
+    while not problem.keeps(found := _solve(problem, kept.ridge, kept.coefficients, _EXACT)):
         kept = replace(found, ridge=kept.ridge * (1 + 1e-4))
     return found
 
 
-def _solve(
-    distance: Distance, patterns: Patterns, target: Array, ridge: float, cap: float, start: Array, tolerance: float
-) -> Balance:
+def _search(problem: _Problem, even: Balance, start: Balance, ridge: float, factor: float) -> Balance:
+    """The rough solution at the smallest ridge that keeps the bounds, as far as it can tell.
+
+    From the ridge and coefficients of `start` it walks, in steps of `factor` that grow if that is small, until one
+    ridge keeps the bounds and a lower one does not. Then it interpolates the ESS over the ridge's logarithm.
+    """
+    found = _solve(problem, max(start.ridge, ridge), start.coefficients, _ROUGH)
+    low, kept = (None, found) if problem.keeps(found) else (found, even)
+    while low is None and kept.ridge > ridge:
+        found = _solve(problem, max(kept.ridge / factor, ridge), kept.coefficients, _ROUGH)
+        low, kept = (None, found) if problem.keeps(found) else (found, kept)
+        factor = min(factor**2, 8.0)
+    while low is not None and kept is even and low.ridge * factor < _LARGEST_RIDGE:
+        coefficients = start.coefficients if low.largest > problem.distance.largest else low.coefficients
+        found = _solve(problem, low.ridge * factor, coefficients, _ROUGH)
+        low, kept = (low, found) if problem.keeps(found) else (found, kept)
+        factor = min(factor**2, 8.0)
+    aim = problem.min_ess + _ESS_SLACK / 2
+    slow = 0
+    while low is not None and low.ridge < kept.ridge * (1 - 1e-5) and kept.ess > problem.min_ess + _ESS_SLACK:
+        share = (aim - low.ess) / (kept.ess - low.ess) if low.ess < problem.min_ess and slow < 3 else 0.5
+        middle = low.ridge * (kept.ridge / low.ridge) ** min(max(share, 0.01), 0.99)
+        found = _solve(problem, middle, kept.coefficients, _ROUGH)
+        before = kept.ridge / low.ridge
+        low, kept = (low, found) if problem.keeps(found) else (found, kept)
+        # An interpolation that keeps one end fixed approaches slowly: every now and then halve instead.
+        slow = slow + 1 if math.log(kept.ridge / low.ridge) > 0.5 * math.log(before) else 0
+        slow = 0 if share == 0.5 else slow
+    return kept
+
+
+def _solve(problem: _Problem, ridge: float, start: torch.Tensor, tolerance: float) -> Balance:
     """Damped Newton on the dual, mu eliminated."""
+    patterns, distance, cap, target = problem.patterns, problem.distance, problem.cap, problem.target
 
-    def dual(coefficients: Array) -> tuple[float, Array, Array]:
-        """D, x and the weights."""
-        scores = patterns.scores(coefficients)
-        mu = distance.scale(scores, patterns.counts, cap)
-        x = scores + mu
+    def dual(coefficients: torch.Tensor) -> tuple[float, float, torch.Tensor, torch.Tensor]:
+        """D, mu, x and the weights."""
+        x = patterns.scores(coefficients)
+        mu = distance.scale(x, patterns.counts, cap)
+        x += mu
         weights = distance.weights(x, cap)
-        value = float(patterns.counts @ distance.psi(x, weights, cap) / patterns.total) - mu
-        return value - float(coefficients @ target) + ridge / 2 * float(coefficients @ coefficients), x, weights
-
-    def gradient_at(coefficients: Array, weights: Array) -> Array:
-        return patterns.frequencies(weights) - target + ridge * coefficients
+        value = patterns.mean(distance.psi(x, weights, cap)) - mu - float(coefficients @ target)
+        return value + ridge / 2 * float(coefficients @ coefficients), mu, x, weights
 
     coefficients = start
-    value, x, weights = dual(coefficients)
-    gradient = gradient_at(coefficients, weights)
+    value, mu, x, weights = dual(coefficients)
+    gradient = patterns.frequencies(weights) - target + ridge * coefficients
     for _ in range(500):
-        if np.abs(gradient).max() <= tolerance:
+        if not len(gradient) or float(gradient.abs().max()) <= tolerance:
             break
-        step = -np.linalg.solve(_hessian(patterns, ridge, distance.slope(x, weights, cap)), gradient)
+        hessian = _hessian(problem, coefficients, mu, x, weights)
+        hessian.diagonal().add_(ridge + 1e-14)
+        step = -torch.linalg.solve(hessian, gradient)
         slope = float(gradient @ step)
         length = 1.0
         while True:
             tried = coefficients + length * step
-            new_value, new_x, new_weights = dual(tried)
+            new_value, new_mu, new_x, new_weights = dual(tried)
             if new_value <= value + 1e-4 * length * slope or length < 1e-9:
                 break
             if -slope < 1e-9:  # the value cannot show such progress, the gradient can
                 break
             length /= 2
-        new_gradient = gradient_at(tried, new_weights)
-        if -slope < 1e-9 and np.abs(new_gradient).max() > 0.5 * np.abs(gradient).max():
+        new_gradient = patterns.frequencies(new_weights) - target + ridge * tried
+        if -slope < 1e-9 and float(new_gradient.abs().max()) > 0.5 * float(gradient.abs().max()):
             break
-        coefficients, value, x, weights, gradient = tried, new_value, new_x, new_weights, new_gradient
-    return Balance(coefficients, ridge, patterns.ess(weights), float(np.abs(x).max()))
+        coefficients, value, mu, x, weights, gradient = tried, new_value, new_mu, new_x, new_weights, new_gradient
+    return Balance(coefficients, ridge, patterns.ess(weights), float(x.abs().max()))
 
 
-def _hessian(patterns: Patterns, ridge: float, moving: Array) -> Array:
-    """[M, M]. Only weights between their bounds move, and mu moves with them: their covariance is the curvature."""
-    share = max(float(patterns.counts @ moving / patterns.total), 1e-300)
+def _hessian(
+    problem: _Problem, coefficients: torch.Tensor, mu: float, x: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """[M, M]. Only weights between their bounds move, and mu moves with them: their covariance is the curvature.
+
+    Correlations come from the sample, variances from all patterns: a pair too rare for the sample keeps its own.
+    """
+    patterns, sample = problem.patterns, problem.sample
+    moving = problem.distance.slope(x, weights, problem.cap)
+    covariance = _covariance(patterns, moving) if patterns is sample else None
+    if covariance is not None:
+        return covariance
+    variance = _variance(patterns, moving)
+    sample_x = sample.scores(coefficients) + mu
+    sample_moving = problem.distance.slope(sample_x, problem.distance.weights(sample_x, problem.cap), problem.cap)
+    covariance = _covariance(sample, sample_moving)
+    seen = covariance.diagonal() > 1e-12
+    factor = torch.where(seen, (variance / covariance.diagonal().clamp(min=1e-12)).sqrt(), 0.0)
+    covariance = covariance * torch.outer(factor, factor)
+    covariance.diagonal().copy_(variance)
+    return covariance
+
+
+def _covariance(patterns: Patterns, moving: torch.Tensor) -> torch.Tensor:
+    second = patterns.second_moments(moving)
+    mean = second.diagonal()
+    return second - torch.outer(mean, mean) / max(patterns.mean(moving), 1e-300)
+
+
+def _variance(patterns: Patterns, moving: torch.Tensor) -> torch.Tensor:
     mean = patterns.frequencies(moving)
-    hessian = patterns.second_moments(moving) - np.outer(mean, mean) / share
-    hessian[np.diag_indices_from(hessian)] += ridge + 1e-14
-    return hessian
+    return (mean - mean**2 / max(patterns.mean(moving), 1e-300)).clamp(min=0)

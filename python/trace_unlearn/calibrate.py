@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+import trace_kernels as tk
 from trace_unlearn import files
-from trace_unlearn.balance import DISTANCES, Array, Patterns, balance, capped, log_scale
+from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.errors import UserError
+from trace_unlearn.patterns import Patterns
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.selection import Selection, effective_tokens, frequencies, select_experts, wilson_interval
 from trace_unlearn.weights import Calibration, lookup, matching
@@ -94,30 +95,28 @@ def calibrate(
         values[selected[:, 0], selected[:, 1]]
         for values in (f_all, r_all, effective_tokens(stats, "forget"), effective_tokens(stats, "retain"))
     )
-    hits = _hits(stats.retain_routes, selected)
+    _, hits = tk.route_hits(stats.retain_routes, selected, E)
     patterns = Patterns.of(hits, len(selected))
 
     # The table is rounded to float32 first and the scale found after it, so that a live lookup gives the same weights.
-    values, ridge_used = _values(rule, patterns, f.numpy(), r.numpy(), ridge, min_ess, max_weight)
+    values, ridge_used = _values(rule, patterns, f, r, ridge, min_ess, max_weight)
     phi, reduce = FORMS.get(rule, ("exp", "sum"))
-    score = torch.from_numpy(patterns.scores(values))
-    count = torch.from_numpy(patterns.bits.sum(axis=1).astype(np.float64))
+    score = patterns.scores(values)
+    count = patterns.scores(torch.ones_like(values))
     cap = _float32_below(max_weight)
     if phi == "linear":
-        scale = DISTANCES[rule].scale(score.numpy(), patterns.counts, cap)
+        scale = DISTANCES[rule].scale(score, patterns.counts, cap)
     else:
-        log_raw = lookup(score, count, phi, reduce, 1.0, math.inf).log().numpy() if phi == "identity" else score.numpy()
+        log_raw = lookup(score, count, phi, reduce, 1.0, math.inf).log() if phi == "identity" else score
         if rule in ("product", "ratio"):
             cap = _cap_for_ess(patterns, log_raw, cap, min_ess)
-        scale = math.exp(log_scale(log_raw, patterns.counts, cap))
-    weight_of_pattern = lookup(score, count, phi, reduce, scale, cap).float()
-    weights = weight_of_pattern[torch.from_numpy(patterns.token_pattern)]
+        scale = math.exp(DISTANCES["balance"].scale(log_raw, patterns.counts, cap))
+    weights = lookup(score, count, phi, reduce, scale, cap).float()[patterns.token_pattern]
 
     table, hit_table = torch.zeros(L, E), torch.zeros(L, E)
-    table[selected[:, 0], selected[:, 1]] = torch.from_numpy(values).float()
+    table[selected[:, 0], selected[:, 1]] = values.float()
     hit_table[selected[:, 0], selected[:, 1]] = 1.0
-    packed = torch.from_numpy(hits)
-    outcome = matching(weights, packed, f)
+    outcome = matching(weights, hits, f)
     _check_outcome(weights, outcome, min_ess, max_weight)
     notes += _diagnose(rule, outcome, f, r, weights, stats.retain_offsets, ridge_used, ridge, min_ess)
     found = Calibration(
@@ -135,7 +134,7 @@ def calibrate(
         r_interval=wilson_interval(r, r_tokens),
         token_weight=weights,
         retain_offsets=stats.retain_offsets.clone(),
-        hits=packed,
+        hits=hits,
         retain_fingerprint=str(stats.meta.get("retain_fingerprint", "")),
         choices={
             "min_ess": min_ess,
@@ -156,8 +155,14 @@ def calibrate(
 
 
 def _values(
-    rule: str, patterns: Patterns, f: Array, r: Array, ridge: float, min_ess: float, max_weight: float
-) -> tuple[Array, float | None]:
+    rule: str,
+    patterns: Patterns,
+    f: torch.Tensor,
+    r: torch.Tensor,
+    ridge: float,
+    min_ess: float,
+    max_weight: float,
+) -> tuple[torch.Tensor, float | None]:
     """The table's entries at the selected pairs, as float32 can hold them, and the ridge that gave them."""
     ridge_used = None
     if rule in DISTANCES:
@@ -165,35 +170,29 @@ def _values(
         found = balance(patterns, f, ridge=ridge, min_ess=bound, cap=_float32_below(max_weight), rule=rule)
         values, ridge_used = found.coefficients, found.ridge
     elif rule == "product":
-        values = np.log(f / r)
+        values = (f / r).log()
     elif rule == "ratio":
         values = f / r
     else:  # "uniform"
-        values = np.zeros(len(f))
-    return values.astype(np.float32).astype(np.float64), ridge_used
+        values = torch.zeros_like(f)
+    return values.float().double(), ridge_used
 
 
-def _cap_for_ess(patterns: Patterns, log_raw: Array, cap: float, min_ess: float) -> float:
+def _cap_for_ess(patterns: Patterns, log_raw: torch.Tensor, cap: float, min_ess: float) -> float:
     """The largest cap up to `cap` that keeps the ESS: the lower the cap, the more even the weights."""
+    exponential = DISTANCES["balance"]
 
-    def ess(tried: float) -> float:
-        return patterns.ess(capped(log_raw, log_scale(log_raw, patterns.counts, tried), tried))
+    def keeps(tried: float) -> bool:
+        mu = exponential.scale(log_raw, patterns.counts, tried)
+        return patterns.ess(exponential.weights(log_raw + mu, tried)) >= min_ess + _MARGIN
 
-    if ess(cap) >= min_ess + _MARGIN:
+    if keeps(cap):
         return cap
     low, high = 1.0, cap
-    for _ in range(60):
+    while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if ess(middle) >= min_ess + _MARGIN else (low, middle)
+        low, high = (middle, high) if keeps(middle) else (low, middle)
     return _float32_below(low)
-
-
-def _hits(routes: torch.Tensor, selected: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """[N, ceil(M / 8)]: which selected pairs each token activates, packed."""
-    array = routes.numpy()
-    columns = [(array[:, layer, :] == expert).any(axis=1) for layer, expert in selected.tolist()]
-    bits = np.stack(columns, axis=1) if columns else np.zeros((len(array), 0), dtype=bool)
-    return np.packbits(bits, axis=1)
 
 
 def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
@@ -299,10 +298,10 @@ def _share_of_position(weights: torch.Tensor, offsets: torch.Tensor) -> float:
     starts = offsets.numpy()
     positions = np.arange(len(w)) - np.repeat(starts[:-1], np.diff(starts))
     variance = w.var()
-    groups = len(np.unique(positions))
+    sizes = np.bincount(positions)
+    groups = np.count_nonzero(sizes)
     if variance < 1e-12 or len(w) < 2 * groups:
         return 0.0
-    sizes = np.bincount(positions)
     means = np.bincount(positions, w) / np.maximum(sizes, 1)
     between = float((sizes * (means - w.mean()) ** 2).sum() / (len(w) * variance))
     chance = (groups - 1) / (len(w) - 1)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+import trace_kernels as tk
 from trace_unlearn import files
 from trace_unlearn.data import fingerprint
 from trace_unlearn.encoding import IGNORE_INDEX
@@ -203,19 +204,15 @@ def lookup(
 
 def matching(weights: torch.Tensor, hits: torch.Tensor, f: torch.Tensor) -> dict[str, Any]:
     """What follows from weights: weighted_r, the errors, ESS, largest weight."""
-    w = weights.double().numpy()
-    packed = hits.numpy()
-    total = np.zeros(len(f))
-    for begin in range(0, len(w), 1 << 16):
-        part = slice(begin, begin + (1 << 16))
-        total += w[part] @ np.unpackbits(packed[part], axis=1, count=len(f))
-    weighted = torch.from_numpy(total / w.sum())
+    w = weights.double()
+    total = float(w.sum())
+    weighted = tk.hit_moments(hits, w, len(f)) / total
     error = (weighted - f).abs()
     return {
         "weighted_r": weighted,
         "max_error": float(error.max()) if len(f) else 0.0,
         "mean_error": float(error.mean()) if len(f) else 0.0,
-        "ess": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
+        "ess": total**2 / (len(w) * float((w**2).sum())),
         "largest_weight": float(w.max()),
     }
 

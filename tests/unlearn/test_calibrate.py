@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import VOCAB, documents, run
 
-from trace_unlearn.balance import DISTANCES, Patterns, balance
+from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.calibrate import CalibrateOptions, calibrate, main, select_experts
 from trace_unlearn.errors import UserError
+from trace_unlearn.patterns import Patterns
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.routing import RoutingRecorder
 from trace_unlearn.selection import RANKS, rank_values
@@ -89,15 +90,16 @@ def test_a_cap_meets_the_optimality_conditions(rule, cap):
     stats = statistics(1)
     selected = select_experts(stats, experts_per_layer=2)
     a = hit_matrix(stats, selected).numpy()
-    f = stats.forget_frequency[selected[:, 0], selected[:, 1]].numpy()
-    patterns = Patterns.of(np.packbits(a.astype(bool), axis=1), a.shape[1])
+    f = stats.forget_frequency[selected[:, 0], selected[:, 1]]
+    patterns = Patterns.of(torch.from_numpy(np.packbits(a.astype(bool), axis=1)), a.shape[1])
     found = balance(patterns, f, ridge=ridge, min_ess=0.0, cap=cap, rule=rule)
     mu = DISTANCES[rule].scale(patterns.scores(found.coefficients), patterns.counts, cap)
-    x = a @ found.coefficients + mu
+    f, coefficients = f.numpy(), found.coefficients.numpy()
+    x = a @ coefficients + mu
     w = np.minimum(np.exp(x), cap) if rule == "balance" else np.clip(x, 0, cap)
     assert (w >= cap * (1 - 1e-12)).sum() > 10  # the cap is active
     assert abs(w.mean() - 1) < 1e-12
-    np.testing.assert_allclose(found.coefficients, (f - w @ a / len(w)) / ridge, atol=1e-6)
+    np.testing.assert_allclose(coefficients, (f - w @ a / len(w)) / ridge, atol=1e-6)
 
     def primal(v):
         distance = v * np.log(v) if rule == "balance" else v**2 / 2
