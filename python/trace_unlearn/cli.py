@@ -47,6 +47,7 @@ VERBS = {
     "calibrate": Verb("calibrate", "CalibrateOptions", "choose forget-critical experts and weigh the retain tokens"),
     "train": Verb("train", "TrainOptions", "unlearn: write a checkpoint that has forgotten"),
     "evaluate": Verb("evaluate", "EvaluateOptions", "measure checkpoints on forget and retain data"),
+    "attack": Verb("attack", "AttackOptions", "relearn, quantise, reroute: what comes back of what was forgotten"),
     "report": Verb("report", "ReportOptions", "write one HTML page and plots about a run folder", "--run"),
     "run": Verb(
         "run", "RunOptions", "all of the above from one configuration file; goes on where it stopped", "--config"

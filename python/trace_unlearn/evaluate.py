@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.likelihood import Routes, log_likelihood, routing_shift
 from trace_unlearn.model import check_inputs, check_placement, load_model, load_tokenizer
-from trace_unlearn.page import flatten, scalars, show
+from trace_unlearn.page import flatten, scalars, show, table_of
 from trace_unlearn.suites import Suite, open_suites
 
 
@@ -120,7 +120,7 @@ def evaluate_model(
     if isinstance(base, PreTrainedModel):
         base = routes_of(base, sets, batch_size=batch_size, routing_tokens=routing_tokens, progress=progress)
     measures: dict[str, dict[str, Any]] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for name, data in sets.items():
             keep = routing_tokens if base is not None else None
             found = log_likelihood(
@@ -161,7 +161,7 @@ def routes_of(
 ) -> dict[str, Routes]:
     """The experts that `model` chooses on each data set, to compare other models with (`base` of `evaluate_model`)."""
     routes: dict[str, Routes] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for name, data in sets.items():
             found = log_likelihood(
                 model, data, batch_size=batch_size, keep_routes=routing_tokens, label=f"base, {name}", progress=progress
@@ -182,7 +182,7 @@ def measure_suites(
 ) -> dict[str, dict[str, Any]]:
     """The scores of one model by suite; `reference`: those of a model that never saw the forget data."""
     scores: dict[str, dict[str, Any]] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for name, suite in suites.items():
             found = suite.measure(model, tokenizer, batch_size=batch_size, progress=progress)
             scores[name] = found | suite.compare(found, None if reference is None else reference[name])
@@ -299,7 +299,7 @@ def summary(checkpoints: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             values.append(found.get("routing_shift", {}).get("changed"))
             shown = ["-" if value is None else f"{value:.3f}" for value in values]
             rows.append((model, name, shown[0], shown[1], shown[2], shown[3]))
-    return _columns(rows)
+    return table_of(rows)
 
 
 def suites_summary(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -313,13 +313,7 @@ def suites_summary(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
     names = dict.fromkeys(name for found in columns.values() for name in found)
     rows = [("score", *columns)]
     rows += [(name, *(show(found.get(name)) for found in columns.values())) for name in names]
-    return _columns(rows)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return table_of(rows)
 
 
 def _named(
@@ -331,7 +325,8 @@ def _named(
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout and gradients; the model's mode is restored."""
     training = model.training
     model.train(False)
     try:

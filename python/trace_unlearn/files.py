@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from trace_unlearn.errors import UserError
 
 PathLike = str | os.PathLike[str]
+HASHED_BYTES = 1 << 30  # of larger files, the size and the time of change stand for the content
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -106,6 +108,38 @@ def _check_place(path: Path) -> None:
         raise UserError(f"{path}: cannot be made: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be made: {folder} is not writable")
+
+
+def digest_of(source: str, argument: str) -> str:
+    """Identifies a file's or folder's content; a hub name stands for itself.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            return _digest_file(path)
+        if path.is_dir():
+            names = sorted(item for item in path.rglob("*") if item.is_file())
+            whole = hashlib.sha256()
+            for item in names:
+                whole.update(f"{item.relative_to(path)}\0{_digest_file(item)}\n".encode())
+            return whole.hexdigest()
+    except OSError as error:
+        raise UserError(f"{argument}: cannot read {source}: {error.strerror or error}") from error
+    return f"hub:{source}"
+
+
+def _digest_file(path: Path) -> str:
+    status = path.stat()
+    if status.st_size > HASHED_BYTES:
+        return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    with path.open("rb") as file:
+        whole = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            whole.update(chunk)
+    return whole.hexdigest()
 
 
 @contextlib.contextmanager

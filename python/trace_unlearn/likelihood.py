@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import datasets
@@ -41,6 +41,8 @@ class Likelihood(NamedTuple):
         exact_memorization: where asked for, the mean over rows of `trace_unlearn.metrics.exact_memorization`, without
             the end-of-sequence token.
         extraction_strength: likewise.
+        recited: likewise, the share of rows of which every token is the most likely one; of question data with one
+            answer a row, their fact accuracy.
     """
 
     nll: float
@@ -48,6 +50,7 @@ class Likelihood(NamedTuple):
     routes: Routes | None = None
     exact_memorization: float | None = None
     extraction_strength: float | None = None
+    recited: float | None = None
 
 
 def log_likelihood(
@@ -58,6 +61,7 @@ def log_likelihood(
     keep_routes: int | None = None,
     recited: bool = False,
     eos: int | None = None,
+    around: Callable[[Batch], contextlib.AbstractContextManager[None]] | None = None,
     label: str = "",
     progress: bool = True,
 ) -> Likelihood:
@@ -70,6 +74,7 @@ def log_likelihood(
         keep_routes: for how many tokens to keep the chosen experts; None does not look at them (dense models).
         recited: whether exact memorisation and extraction strength are measured, for the output layer a second time.
         eos: the end-of-sequence token, which does not count as recited.
+        around: gives for a batch what is entered around its forward.
         label: what the progress bar says.
         progress: whether to show it.
     """
@@ -85,7 +90,8 @@ def log_likelihood(
             bearing = loss_bearing(batch["labels"], batch["attention_mask"])
             if recorder is not None:
                 recorder.mask_next(bearing)
-            log_probs, correct = predict(batch, correct=recited)
+            with contextlib.nullcontext() if around is None else around(batch):
+                log_probs, correct = predict(batch, correct=recited)
             total -= log_probs.double().sum().item()
             tokens += int(bearing.sum())
             if recited:
@@ -101,7 +107,7 @@ def log_likelihood(
     exact, strength = (
         sum(map(measure, recitals)) / len(recitals) for measure in (exact_memorization, extraction_strength)
     )
-    return Likelihood(nll, tokens, seen, exact, strength)
+    return Likelihood(nll, tokens, seen, exact, strength, sum(map(all, recitals)) / len(recitals))
 
 
 def _recitals(labels: Tensor, bearing: Tensor, correct: Tensor, eos: int | None) -> Iterator[list[bool]]:

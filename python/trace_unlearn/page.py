@@ -183,3 +183,34 @@ def scalars(value: Mapping[str, Any]) -> dict[str, Any]:
         for key, item in value.items()
         if not isinstance(item, list)
     }
+
+
+def table_of(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as aligned text for a terminal, the first one the heading.
+
+    Example:
+        >>> print(table_of([("set", "NLL"), ("forget", 1.5), ("held out", None)]))
+        set       NLL
+        forget    1.500
+        held out  –
+    """
+    cells = [[show(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The fewest last parts of each path that tell them all apart.
+
+    Example:
+        >>> short_names(["runs/a/model", "runs/b/model", "owner/base"])
+        {'runs/a/model': 'a/model', 'runs/b/model': 'b/model', 'owner/base': 'base'}
+    """
+    parts = {path: path.rstrip("/").split("/") for path in paths}
+    short = {}
+    for path, mine in parts.items():
+        ends = (mine[-n:] for n in range(1, len(mine) + 1))
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts.values()) == 1)
+        short[path] = "/".join(next(alone, mine))
+    return short

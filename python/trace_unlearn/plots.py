@@ -165,6 +165,36 @@ def trade_off(
     return figure
 
 
+def dots(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """A line for each label, on it a dot for each series; `marks` are vertical lines, named."""
+    shapes = ("o", "D", "s", "^", "v", "P")
+    with mpl.rc_context(STYLE):
+        figure, (ax,) = _subplots(1, 1, (8.0, 0.9 + 0.42 * len(labels) + 0.25 * len(series)))
+        heights = np.arange(len(labels))[::-1]
+        ax.hlines(heights, 0, 1, color=GRID, linewidth=1, transform=ax.get_yaxis_transform())
+        for name, x in (marks or {}).items():
+            ax.axvline(x, color=MUTED, linewidth=1.2, linestyle="--")
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 2), "textcoords": "offset points"}
+            ax.annotate(name, (x, 1.0), color=MUTED, **place)
+        for colour, shape, (name, values) in zip(COLOURS[1:], shapes, series.items(), strict=False):
+            ax.scatter(values, heights, s=52, color=colour, marker=shape, label=name, zorder=3)
+        ax.set_yticks(heights, labels)
+        ax.tick_params(axis="y", length=0, labelcolor=INK)
+        ax.grid(visible=False, axis="y")
+        ax.spines["left"].set_visible(False)
+        ax.set_ylim(-0.6, len(labels) - 0.4)
+        ax.set_xlabel(x_label)
+        if len(series) > 1:
+            figure.legend(loc="outside lower center", ncols=min(len(series), 3))
+    return figure
+
+
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
     """The mean of y over the x that every curve covers; a single curve is returned as it is."""
     if len(curves) == 1:

@@ -17,7 +17,8 @@ import torch
 
 from trace_unlearn import files, plots
 from trace_unlearn.errors import UserError
-from trace_unlearn.page import Page, flatten, scalars
+from trace_unlearn.page import Page, flatten, scalars, short_names
+from trace_unlearn.robustness import describe_attacks, describe_suites
 
 if TYPE_CHECKING:
     from trace_unlearn.calibrate import Calibration
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MAIN_MEASURES = {
     "nll": "NLL (nats a token)",
     "fact_accuracy": "fact accuracy",
+    "exact_memorization": "exact memorisation",
+    "extraction_strength": "extraction strength",
     "rouge_l_f1": "ROUGE-L F1",
     "routing_shift.changed": "share of expert choices changed",
 }
@@ -37,8 +40,8 @@ class ReportOptions:
     """Writes report.html, one self-contained page, and its plots as PNG files about a run folder.
 
     Args:
-        run: the run folder, with what the verbs wrote into it: profile/, calibration/, model/, metrics.json. What is
-            not there yet is left out of the page.
+        run: the run folder, with what the verbs wrote into it: profile/, calibration/, model/, metrics.json,
+            attacks.json. What is not there yet is left out of the page.
         output: where to write; by default the run folder itself.
     """
 
@@ -69,19 +72,25 @@ def report_run(folder: Path) -> Page:
     stats = RoutingStatistics.load(folder / "profile") if (folder / "profile").is_dir() else None
     calibration = Calibration.load(folder / "calibration") if (folder / "calibration").is_dir() else None
     metrics = files.read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    attacked = files.read_json(folder / "attacks.json") if (folder / "attacks.json").is_file() else None
     training = files.read_json(folder / "model" / "trace.json") if (folder / "model" / "trace.json").is_file() else None
     if metrics is not None and not (isinstance(metrics, dict) and {"checkpoints", "choices"} <= metrics.keys()):
         raise UserError(f"{folder / 'metrics.json'}: not measures that evaluate wrote")
+    if attacked is not None and not (isinstance(attacked, dict) and {"models", "choices"} <= attacked.keys()):
+        raise UserError(f"{folder / 'attacks.json'}: not measures that attack wrote")
     if training is not None and not (isinstance(training, dict) and "log" in training):
         raise UserError(f"{folder / 'model' / 'trace.json'}: not a record that train wrote")
-    if stats is None and calibration is None and metrics is None and training is None:
+    if all(part is None for part in (stats, calibration, metrics, attacked, training)):
         raise UserError(
-            f"run: {folder} holds none of profile/, calibration/, model/ and metrics.json; nothing to report"
+            f"run: {folder} holds none of profile/, calibration/, model/, metrics.json, attacks.json: nothing to report"
         )
     model = stats.meta.get("model") if stats is not None else None
     page = Page("Unlearning report", f"{model or folder.name}, {datetime.date.today().isoformat()}")
     if metrics is not None:
         describe_metrics(page, metrics["checkpoints"])
+        describe_suites(page, metrics.get("suites", {}))
+    if attacked is not None:
+        describe_attacks(page, attacked["models"], metrics["checkpoints"] if metrics is not None else {})
     if training is not None:
         describe_training(page, training.pop("log"))
     if stats is not None and calibration is not None:
@@ -98,6 +107,8 @@ def report_run(folder: Path) -> Page:
         choices["train"] = training
     if metrics is not None:
         choices["evaluate"] = metrics["choices"]
+    if attacked is not None:
+        choices["attack"] = attacked["choices"]
     describe_choices(page, choices)
     return page
 
@@ -207,7 +218,8 @@ def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
 def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -> None:
     """The main measures, a column for each checkpoint, and all others in a folded table."""
     page.heading("Metrics")
-    columns = {name: flatten(scalars(measures)) for name, measures in checkpoints.items()}
+    short = short_names(list(checkpoints))
+    columns = {short[name]: flatten(scalars(measures)) for name, measures in checkpoints.items()}
     names = list(dict.fromkeys(key for values in columns.values() for key in values))
     main = [name for name in names if name.partition(".")[2] in MAIN_MEASURES]
     for caption, shown in (

@@ -1,4 +1,4 @@
-"""The verb `run`: profile, calibrate, train, evaluate and report from one configuration; goes on where it stopped.
+"""The verb `run`: profile, calibrate, train, evaluate, attack and report from one configuration; resumable.
 
 A step is skipped when what it makes is there and was made from the same inputs with the same options; steps.json in the
 run folder records both. A step that was made otherwise is refused, never silently redone or mixed with.
@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_unlearn.attack import AttackOptions
 from trace_unlearn.calibrate import CalibrateOptions
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import EvaluateOptions
-from trace_unlearn.files import read_json, refuse_existing, write_json
+from trace_unlearn.files import digest_of, read_json, refuse_existing, write_json
 from trace_unlearn.lock import LOCK, alone
 from trace_unlearn.profile import ProfileOptions
 from trace_unlearn.report import ReportOptions
@@ -34,18 +35,24 @@ SECTIONS: dict[str, type] = {
     "calibrate": CalibrateOptions,
     "train": TrainOptions,
     "evaluate": EvaluateOptions,
+    "attack": AttackOptions,
 }
 # What the run itself gives to the verbs, beside its fields of the same names.
-GIVEN = {"calibrate": {"profile"}, "train": {"calibration", "profile"}, "evaluate": {"models", "base"}}
+GIVEN = {
+    "calibrate": {"profile"},
+    "train": {"calibration", "profile"},
+    "evaluate": {"models", "base"},
+    "attack": {"models", "calibration"},
+}
 PRODUCTS = {
     "profile": "profile",
     "calibrate": "calibration",
     "train": "model",
     "evaluate": "metrics.json",
+    "attack": "attacks.json",
     "report": "report.html",
 }
 RECORD = "steps.json"
-HASHED_BYTES = 1 << 30  # of larger files, the size and the time of change stand for the content
 
 
 @dataclass
@@ -53,7 +60,7 @@ class RunOptions:
     """Profiles, calibrates, unlearns, evaluates and reports: all verbs in turn, from one configuration file.
 
     A second call goes on where the first one stopped; what is finished is not done again. The sections profile,
-    calibrate, train and evaluate hold those verbs' own options.
+    calibrate, train, evaluate and attack hold those verbs' own options.
 
     Args:
         model: a checkpoint folder or hub name of a Mixture-of-Experts language model.
@@ -65,11 +72,13 @@ class RunOptions:
         retain_limit: use only that many retain documents.
         dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; by default a GPU where there is one.
+        attacks: what to attack the unlearned model with: relearn, quantize, reroute; by default nothing.
         report: whether to write report.html.
         profile: options of profile.
         calibrate: options of calibrate.
         train: options of train.
-        evaluate: options of evaluate.
+        evaluate: options of evaluate; its retrained checkpoint is attacked too.
+        attack: options of attack.
     """
 
     model: str
@@ -81,11 +90,13 @@ class RunOptions:
     retain_limit: int | None = None
     dtype: str = "auto"
     device: str | None = None
+    attacks: list[str] = field(default_factory=list)
     report: bool = True
     profile: dict[str, Any] = field(default_factory=dict)
     calibrate: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
+    attack: dict[str, Any] = field(default_factory=dict)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -216,7 +227,7 @@ class Step:
         return True
 
 
-_SHARED = ("max_length", "forget_limit", "retain_limit", "dtype", "device")
+_SHARED = ("max_length", "forget_limit", "retain_limit", "dtype", "device", "attacks")
 
 
 def _given(verb: str) -> set[str]:
@@ -232,6 +243,7 @@ def _steps(options: RunOptions) -> list[Step]:
     """All steps with their options, checked and digested before anything is done."""
     output = Path(options.output)
     uniform = options.train.get("weighting") == "uniform"
+    retrained = options.evaluate.get("retrained")
     given: dict[str, dict[str, Any]] = {
         "profile": {"output": str(output / "profile")},
         "calibrate": {"profile": str(output / "profile"), "output": str(output / "calibration")},
@@ -241,6 +253,11 @@ def _steps(options: RunOptions) -> list[Step]:
             "output": str(output / "model"),
         },
         "evaluate": {"models": [options.model, str(output / "model")], "base": options.model, "output": str(output)},
+        "attack": {
+            "models": [str(output / "model"), *([retrained] if retrained is not None else [])],
+            "calibration": None if uniform else str(output / "calibration"),
+            "output": str(output),
+        },
     }
     inputs = {
         "model": digest_of(options.model, "model"),
@@ -249,20 +266,12 @@ def _steps(options: RunOptions) -> list[Step]:
     }
     steps: list[Step] = []
     for verb in given:
-        if uniform and verb in ("profile", "calibrate"):
+        if (uniform and verb in ("profile", "calibrate")) or (verb == "attack" and not options.attacks):
             continue
         shared = {name: getattr(options, name) for name in _given(verb) - GIVEN.get(verb, set())}
         built = _build(verb, {**getattr(options, verb), **shared, **given[verb]})
         read = {} if verb == "calibrate" else dict(inputs)
-        if verb == "evaluate":
-            read |= {f"others.{name}": digest_of(source, "evaluate.others") for name, source in built.others.items()}
-            for name, suite in open_suites(built.suites).items():
-                read |= {
-                    f"suites.{name}.{part}": digest_of(source, f"evaluate.suites.{name}.{part}")
-                    for part, source in suite.sources().items()
-                }
-            if built.retrained is not None:
-                read["retrained"] = digest_of(built.retrained, "evaluate.retrained")
+        read |= _read_besides(verb, built)
         if steps:
             read[steps[-1].verb] = steps[-1].digest()
         steps.append(Step(verb, built, read))
@@ -271,41 +280,23 @@ def _steps(options: RunOptions) -> list[Step]:
     return steps
 
 
+def _read_besides(verb: str, options: Any) -> dict[str, str]:
+    """Digests of what the sections of evaluate and attack name."""
+    sources: dict[str, str] = {}
+    if verb == "evaluate":
+        sources |= {f"others.{name}": source for name, source in options.others.items()}
+        sources |= {"retrained": options.retrained} if options.retrained is not None else {}
+    if verb == "attack" and options.relearn_on is not None:
+        sources["relearn_on"] = options.relearn_on
+    if verb in ("evaluate", "attack"):
+        for name, suite in open_suites(options.suites).items():
+            sources |= {f"suites.{name}.{part}": source for part, source in suite.sources().items()}
+    return {name: digest_of(source, f"{verb}.{name}") for name, source in sources.items()}
+
+
 def _build(verb: str, values: dict[str, Any]) -> Any:
     known = {item.name for item in dataclasses.fields(SECTIONS[verb])}
     unknown = sorted(set(values) - known)
     if unknown:
         raise UserError(f"{verb}: {unknown[0]!r} is none of its options: {', '.join(sorted(known - _given(verb)))}")
     return SECTIONS[verb](**values)
-
-
-def digest_of(source: str, argument: str) -> str:
-    """Identifies a file's or folder's content; a hub name stands for itself.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = Path(source)
-    try:
-        if path.is_file():
-            return _digest_file(path)
-        if path.is_dir():
-            names = sorted(item for item in path.rglob("*") if item.is_file())
-            whole = hashlib.sha256()
-            for item in names:
-                whole.update(f"{item.relative_to(path)}\0{_digest_file(item)}\n".encode())
-            return whole.hexdigest()
-    except OSError as error:
-        raise UserError(f"{argument}: cannot read {source}: {error.strerror or error}") from error
-    return f"hub:{source}"
-
-
-def _digest_file(path: Path) -> str:
-    status = path.stat()
-    if status.st_size > HASHED_BYTES:
-        return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
-    with path.open("rb") as file:
-        whole = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            whole.update(chunk)
-    return whole.hexdigest()

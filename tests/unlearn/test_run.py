@@ -75,6 +75,20 @@ def test_all_steps_then_nothing_is_done_again(configuration, capsys):
     assert capsys.readouterr().out.count("done already") == 5
 
 
+def test_attacks_are_a_step_of_their_own(configuration, checkpoint):
+    _, config, folder = configuration
+    retrained = str(checkpoint("qwen3_moe", seed=1))
+    words = ["--attacks", "[quantize, reroute]", "--attack.bits", "[4]", "--evaluate.retrained", retrained]
+    assert cli.main(["run", str(config), *words]) == 0
+    assert list(read_json(folder / "attacks.json")["models"]) == [str(folder / "model"), retrained]
+    for found in read_json(folder / "attacks.json")["models"].values():
+        assert list(found) == ["unattacked", "quantize_4", "reroute"]
+        assert set(found["reroute"]) == {"chosen", "critical"}
+    page = (folder / "report.html").read_text()
+    assert "without critical experts" in page
+    assert "privleak" in page
+
+
 def test_a_step_is_made_again_when_its_product_is_gone(configuration):
     _, config, folder = configuration
     assert cli.main(["run", str(config)]) == 0
