@@ -59,7 +59,10 @@ def packages() -> "dict[str, str]":
 setup(
     packages=list(packages()),
     package_dir={"trace_kernels": "trace_kernels", "trace_unlearn": "python/trace_unlearn"},
-    package_data={"trace_kernels": ["py.typed", "VERSION"], "trace_unlearn": ["py.typed"]},
+    package_data={
+        "trace_kernels": ["py.typed", "VERSION"],
+        "trace_unlearn": ["py.typed", "integrations/*/configs/*/*.yaml"],
+    },
     ext_modules=[Extension("trace_kernels._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
+CONFIG = "trace_unlearn/integrations/open_unlearning/configs/trainer/TraceNPO.yaml"
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
         assert "Collecting torch" not in log, "the isolated build pulls torch"
         (wheel,) = folder.glob("trace_kernels-*.whl")
         names = zipfile.ZipFile(wheel).namelist()
-        for expected in ("trace_kernels/__init__.py", "trace_unlearn/__init__.py", "trace_kernels/py.typed"):
+        for expected in ("trace_kernels/__init__.py", "trace_unlearn/__init__.py", "trace_kernels/py.typed", CONFIG):
             assert expected in names, f"{wheel.name} lacks {expected}"
         assert any(name.startswith("trace_kernels/_native") for name in names), "the compiled module is missing"
         for name in names:

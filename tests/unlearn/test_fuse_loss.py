@@ -181,6 +181,17 @@ def test_without_labels_nothing_changes(batch):
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), generated)
 
 
+def test_paused(batch):
+    model = build("gemma2")
+    plain = loss_and_gradients(model, **batch)
+    handle = fuse_loss(model)
+    with handle.paused():
+        paused = loss_and_gradients(model, **batch)
+    assert torch.equal(paused[0].logits, plain[0].logits)
+    assert torch.equal(paused[0].loss, plain[0].loss)
+    assert_same(plain, loss_and_gradients(model, **batch))
+
+
 def test_no_label_at_all_is_zero(batch):
     model = build("llama")
     fuse_loss(model)

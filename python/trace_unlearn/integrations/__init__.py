@@ -47,7 +47,7 @@ def fuse_loss(model: torch.nn.Module) -> FusedLoss:
 
     Returns:
         The handle: `handle()` restores the model exactly; `handle.log_probs()` is a context in which `.loss` is the
-        log-probability of every next token.
+        log-probability of every next token, `handle.paused()` one in which the model is as it was.
 
     Raises:
         UserError: the model is fused already, its output embedding is not a plain linear layer (an adapter on it, a
@@ -102,6 +102,18 @@ class FusedLoss:
             _point_hooks_to_the_class(module)
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the model computes its loss from logits and returns them, as before `fuse_loss`.
+
+        For evaluation code that passes labels and reads the logits.
+        """
+        before, self._state.paused = self._state.paused, True
+        try:
+            yield
+        finally:
+            self._state.paused = before
+
+    @contextlib.contextmanager
     def per_token(self, function: Callable[..., Any]) -> Iterator[None]:
         """Inside, a forward with labels returns as `.loss` what `function` returns.
 
@@ -136,6 +148,7 @@ def _log_prob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, 
 @dataclasses.dataclass
 class _State:
     deferring: bool = False  # a forward with labels is running
+    paused: bool = False  # such a forward is left as it was
     per_token: Callable[..., Any] | None = None  # what a forward with labels computes in place of the loss
 
 
@@ -333,9 +346,9 @@ def _pending_model(cls: type[PreTrainedModel]) -> type:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[labels_position] if len(args) > labels_position else kwargs.get("labels")
-        if labels is None:
-            return cls.forward(self, *args, **kwargs)
         state = getattr(self, _STATE)
+        if labels is None or state.paused:
+            return cls.forward(self, *args, **kwargs)
         state.deferring = True
         try:
             return _without_pending(cls.forward(self, *args, **kwargs))

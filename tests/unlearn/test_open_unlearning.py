@@ -1,0 +1,83 @@
+"""TRACE in open-unlearning. OPEN_UNLEARNING names a checkout of it; without one its part of the tests is skipped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trace_unlearn.integrations import open_unlearning
+
+HERE = Path(__file__).parent
+CHECKOUT = os.environ.get("OPEN_UNLEARNING", "")
+needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="OPEN_UNLEARNING names no checkout of open-unlearning")
+CONFIGS = Path(open_unlearning.__file__).parent / "configs" / "trainer"
+
+
+def run(*command, **options):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == options.get("returncode", 0), done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("method", ["GradDiff", "NPO", "SimNPO"])
+def test_configurations_name_what_is_registered(method):
+    config = yaml.safe_load((CONFIGS / f"Trace{method}.yaml").read_text())
+    assert config["handler"] == f"Trace{method}"
+    assert config["defaults"] == [method]
+
+
+def test_a_folder_without_open_unlearning(tmp_path):
+    command = [sys.executable, "-m", "trace_unlearn.integrations.open_unlearning", "--checkout", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: --checkout: {tmp_path} holds no src/train.py, allowed is a folder with open-unlearning\n"
+    )
+
+
+@needs_checkout
+def test_uniform_weights_reproduce_its_losses_step_for_step(tmp_path):
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = run(HERE / "open_unlearning_steps.py", CHECKOUT, tmp_path, env={**os.environ, "PYTHONPATH": path})
+    found = json.loads(done.stdout.splitlines()[-1])
+    for method in ("GradDiff", "NPO", "SimNPO"):
+        theirs, ours = found[method], found[f"Trace{method}"]
+        assert len(theirs["losses"]) == 12
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-5)
+        assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=1e-7)
+        assert ours["logits"] == theirs["logits"]  # evaluation finds them
+        assert not ours["second_model"]
+    assert found["NPO"]["second_model"]
+    assert found["weighted"]["largest_weight"] > 1.5
+    assert found["weighted"]["losses"][1:] != pytest.approx(found["GradDiff"]["losses"][1:], rel=1e-3)
+
+
+@needs_checkout
+@pytest.mark.parametrize("method", ["GradDiff", "NPO"])
+def test_its_train_script_runs_with_ours(method, tmp_path, checkpoint):
+    checkpoint = checkpoint("qwen3_moe")
+    data = {}
+    for name, first in (("forget", 0), ("retain", 20)):
+        rows = [{"question": f"who is w{first + i}", "answer": f"the owner of w{first + i}"} for i in range(6)]
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+        data[name] = tmp_path / f"{name}.json"
+    run(
+        "-m", "trace_unlearn.integrations.open_unlearning", "--checkout", CHECKOUT, "--config-name=unlearn.yaml",
+        f"trainer=Trace{method}", "task_name=tiny", "~eval", f"paths.output_dir={tmp_path / 'saved'}",
+        f"model.model_args.pretrained_model_name_or_path={checkpoint}", "model.model_args.attn_implementation=sdpa",
+        "model.model_args.torch_dtype=float32", f"model.tokenizer_args.pretrained_model_name_or_path={checkpoint}",
+        "model.template_args.apply_chat_template=False",
+        *(f"data.{name}.TOFU_QA_{name}.args.hf_args.{key}={value}"
+          for name in data for key, value in (("path", "json"), ("name", "null"))),
+        *(f"+data.{name}.TOFU_QA_{name}.args.hf_args.data_files={path}" for name, path in data.items()),
+        "trainer.args.optim=adamw_torch", "trainer.args.bf16=False", "trainer.args.bf16_full_eval=False",
+        "trainer.args.report_to=none", "trainer.args.num_train_epochs=1", "trainer.args.per_device_train_batch_size=2",
+        "trainer.args.gradient_accumulation_steps=1", "trainer.args.do_eval=False", "trainer.args.eval_on_start=False",
+        "trainer.args.eval_strategy=no", "+trainer.args.use_cpu=True", "trainer.method_args.experts_per_layer=2",
+    )  # fmt: skip
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
