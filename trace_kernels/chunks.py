@@ -52,17 +52,26 @@ def product(
         mm_float32(a, b, out)
 
 
-def counting(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> bool:
-    """Whether products of these skip dropped rows: on request, for 16-bit operands whose rows start on 32 bytes."""
+def products_of(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> str:
+    """Whose products these operands get: TRACE_KERNELS_GEMM, "library" by default.
+
+    "triton": of Triton, which skip dropped rows; "fused": those without a gradient take the softmax too. Both are for
+    16-bit operands whose rows start on 32 bytes; others get the library's.
+    """
     choice = choice or os.environ.get("TRACE_KERNELS_GEMM", "library")
-    if choice not in ("library", "triton"):
-        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library' and 'triton'")
+    if choice not in ("library", "triton", "fused"):
+        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library', 'triton' and 'fused'")
     if choice == "library":
-        return False
+        return choice
     if not is_recording() and (reason := triton_unavailable()) is not None:
-        raise ValueError(f"TRACE_KERNELS_GEMM: got 'triton', allowed here is 'library': {reason}")
+        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed here is 'library': {reason}")
     aligned = all(size % 16 == 0 for size in weight.shape)
-    return aligned and hidden.dtype in (torch.bfloat16, torch.float16)
+    return choice if aligned and hidden.dtype in (torch.bfloat16, torch.float16) else "library"
+
+
+def counting(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether products of these skip dropped rows."""
+    return products_of(hidden, weight) == "triton"
 
 
 def dense(matrix: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ import torch
 from no_label import no_label_problems
 
 from trace_kernels import chunks as chunk_memory
-from trace_kernels.chunks import KeptFirst, counting
+from trace_kernels.chunks import KeptFirst, counting, products_of
+from trace_kernels.losses import NO_LABEL
+from trace_kernels.ops.linear_cross_entropy import fused
 from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
 from trace_kernels.ops.linear_cross_entropy import triton as linear
 from trace_kernels.ops.linear_kl import reference as kl_reference
@@ -139,6 +141,29 @@ def counted(linear, kl):
 @check
 def counted_products_give_the_same():
     counted(linear, kl)
+
+
+@check
+def a_product_with_the_softmax_in_its_epilogue():
+    before = fused.GROUP_BYTES
+    for dtype, bias, softcap, T, H, group_bytes in (
+        (torch.bfloat16, False, None, 9, 16, before),
+        (torch.float16, True, 30.0, 140, 64, 1),
+    ):
+        hidden, weight, target, row_weight, offset = inputs(dtype, T, H)
+        target[7], target[8] = NO_LABEL, 4400
+        arguments = (hidden, weight, offset if bias else None, target, row_weight, -100, softcap, 0.7, False, False)
+        os.environ["TRACE_KERNELS_GEMM"], fused.GROUP_BYTES = "fused", group_bytes
+        try:
+            assert products_of(hidden, weight) == "fused"
+            got = linear.forward(*arguments)
+        finally:
+            del os.environ["TRACE_KERNELS_GEMM"]
+            fused.GROUP_BYTES = before
+        expected = linear_reference.forward(*arguments)
+        torch.testing.assert_close(got[0], expected[0], rtol=4e-6, atol=4e-6, equal_nan=True)
+        expected[1][8] = float("nan")  # of a target that is no class
+        torch.testing.assert_close(got[1], expected[1], rtol=4e-6, atol=4e-6, equal_nan=True)
 
 
 @check

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import Chunks, KeptFirst, ScaledRows, WeightGradient, counting, dense, product
+from trace_kernels.chunks import Chunks, KeptFirst, ScaledRows, WeightGradient, counting, dense, product, products_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,13 @@ def forward(
     """Logp [T], lse [T], dhidden [T, H], dweight [V, H], dbias [V]; those not wanted are empty."""
     options = Options(ignore_index, softcap, logit_scale)
     weight = dense(weight)
-    if not counting(hidden, weight):
+    products = products_of(hidden, weight)
+    if products == "fused" and not (want_dhidden or want_dweight):
+        from trace_kernels.ops.linear_cross_entropy import fused  # imports Triton
+
+        logp, lse = fused.log_prob(hidden, weight, Rows(weight.shape[0], bias, target, row_weight), options)
+        return logp, lse, hidden.new_empty(0, hidden.shape[1]), weight.new_empty(0, weight.shape[1]), lse.new_empty(0)
+    if products != "triton":
         rows = Rows(weight.shape[0], bias, target, row_weight)
         return _forward(kernels, hidden, weight, rows, options, want_dhidden, want_dweight, None)
     order = KeptFirst(target != ignore_index if row_weight is None else (target != ignore_index) & (row_weight != 0))
