@@ -40,7 +40,7 @@ pytestmark = [
 
 def kernels_of(source, capability, folder):
     """What each kernel of a file takes on an architecture."""
-    cubin = folder / f"{source.parent.name}-{capability}.cubin"
+    cubin = folder / f"{source.parent.name}-{source.stem}-{capability}.cubin"
     command = ["nvcc", *FLAGS, "-cubin", f"-arch=sm_{capability}", "-o", str(cubin), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-6000:]
