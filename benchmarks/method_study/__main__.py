@@ -52,7 +52,7 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
         own, folder = sizes[arm.corpus], work.model_folder(options.output, arm.corpus, seed)
         if name not in made and not (folder / "checkpoint").is_dir():
             made.add(name)
-            cost = (0.05 if arm.corpus == "manuals" else 0.03) * own.pretrain.steps
+            cost = (0.06 if arm.corpus == "manuals" else 0.03) * own.pretrain.steps
             tasks.append(Task(name, work.make_model, (options.output, arm.corpus, seed, own), cost=cost))
         tasks.append(
             Task(
@@ -69,7 +69,7 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
 def expected_seconds(arm: Arm) -> float:
     """On a free core; only the progress bar looks at it."""
     slower = (arm.retain_weight / 8) ** 0.3 / arm.pace
-    return 6 * slower * (2 if arm.corpus == "manuals" else 1)
+    return 6 * slower * (4 if arm.corpus == "manuals" else 1)
 
 
 def _claim(options: argparse.Namespace) -> None:

@@ -79,11 +79,8 @@ SECTIONS: dict[str, list[Arm]] = {
     ],
     "pace": [arm for pace in (0.5, 2.0) for arm in with_baseline(Arm(pace=pace))],
     "adjacent": [arm for share in (0.0, 0.02, 0.1) for arm in with_baseline(Arm(adjacent=share), control=True)],
-    "manuals": [
-        arm
-        for weight in (8.0, 32.0)
-        for arm in with_baseline(Arm(corpus="manuals", retain_weight=weight), control=True)
-    ],
+    "manuals": with_baseline(Arm(corpus="manuals"), control=True),
+    "strong_manuals": with_baseline(Arm(corpus="manuals", retain_weight=32.0), control=True),
     "npo": with_baseline(Arm(objective="npo"), control=True),
 }
 QUICK = ("base", "min_ess")

@@ -78,7 +78,7 @@ def run_arm(output: Path, seed: int, arm: Arm, sizes: Sizes, progress: Progress)
             config=config,
             calibration=calibration,
             recipe=recipe,
-            learning_rate=LEARNING_RATES.get(arm.objective, LEARNING_RATES["grad_diff"]) * arm.pace,
+            learning_rate=LEARNING_RATES[arm.objective] * sizes.pace * arm.pace,
             seed=seed,
             callback=recorder(curve, world.read_out, recipe, progress),
             log=True,  # which is where the trainer sees that a loss is no number
@@ -146,9 +146,10 @@ def default_sizes(quick: bool) -> dict[str, Sizes]:
     if not quick:
         return SIZES
     return {
-        corpus: Sizes(
-            dataclasses.replace(sizes.pretrain, steps=450),
-            dataclasses.replace(sizes.recipe, unlearn_steps=100, evaluate_every=8),
+        corpus: dataclasses.replace(
+            sizes,
+            pretrain=dataclasses.replace(sizes.pretrain, steps=450),
+            recipe=dataclasses.replace(sizes.recipe, unlearn_steps=100, evaluate_every=8),
         )
         for corpus, sizes in SIZES.items()
     }
