@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from benchmarks import method_study
 from benchmarks.method_study.cells import QUICK, SECTIONS, Arm, ordered
 from trace_unlearn.demo.workers import Task, TaskBar, run_tasks
 from trace_unlearn.errors import UserError
-from trace_unlearn.files import read_json, write_json
+from trace_unlearn.files import read_json, write_json, write_text
 from trace_unlearn.lock import alone
 
 MARKER = "sizes.json"
@@ -30,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="sections; all, or a few with --quick")
     parser.add_argument("--quick", action="store_true", help="two models, shorter, a few arms: shows that it works")
     parser.add_argument("--report-only", action="store_true", help="no computation: the tables of what is there")
+    parser.add_argument("--publish", type=Path, help="a page of docs/ whose tables, figure and record are replaced")
     options = parser.parse_args(arguments)
     options.models = options.models or (2 if options.quick else 12)
     options.only = options.only or list(QUICK if options.quick else SECTIONS)
@@ -86,25 +89,28 @@ def _claim(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    """results.json, results.md and results.png in the output folder."""
+    """results.json, results.md and results.png in the output folder, and what --publish asks for."""
     import torch
 
     from benchmarks.machine import describe
     from benchmarks.method_study.figure import draw
-    from benchmarks.method_study.report import markdown, sentences
+    from benchmarks.method_study.report import markdown, publish, sentences
     from benchmarks.method_study.results import collect, read_runs
 
     runs = read_runs(options.output, options.models)
     if not runs:
         raise UserError(f"--output: {options.output} holds no finished arm")
-    write_json(
-        options.output / "results.json", {**collect(runs, options.models), "machine": describe(torch.device("cpu"))}
-    )
-    results = read_json(options.output / "results.json")
-    (options.output / "results.md").write_text(markdown(results))
+    record = json.dumps({"machine": describe(torch.device("cpu")), **collect(runs, options.models)}) + "\n"
+    results = json.loads(record)
+    write_text(options.output / "results.json", record)
+    write_text(options.output / "results.md", markdown(results))
     draw(results, options.output / "results.png")
     print("\n".join(sentences(results)))
     print(f"{len(runs)} arms of {options.models} models; tables and figure: {options.output}/results.*")
+    if options.publish is not None:
+        write_text(options.publish, publish(options.publish.read_text(), markdown(results)))
+        for kind in ("json", "png"):
+            shutil.copy(options.output / f"results.{kind}", options.publish.with_suffix(f".{kind}"))
 
 
 def main(arguments: list[str] | None = None) -> int:

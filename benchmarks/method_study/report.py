@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trace_unlearn.errors import UserError
+
 ALPHA = 0.05
+BEGIN_MARK, END_MARK = "<!-- results -->", "<!-- end of results -->"
 GROUPS = {"A_accuracy": "A", "N_accuracy": "N", "R_accuracy": "R"}
 WHO = {
     "A_accuracy": "on what the retain set holds a little of (A)",
@@ -37,6 +39,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *(f"### {title}\n\n{table}" for title, table in tables.items() if table)]) + "\n"
 
 
+def publish(page: str, tables: str) -> str:
+    """`page` with `tables` between its two marks, in place of what was there."""
+    if BEGIN_MARK not in page or END_MARK not in page.split(BEGIN_MARK, 1)[1]:
+        raise UserError(f"--publish: the page lacks the lines {BEGIN_MARK} and {END_MARK}")
+    before, rest = page.split(BEGIN_MARK, 1)
+    return f"{before}{BEGIN_MARK}\n\n{tables}\n{END_MARK}{rest.split(END_MARK, 1)[1]}"
+
+
 def _head(results: Mapping[str, Any]) -> str:
     machine = results.get("machine", {})
     said = f" Commit {machine['commit']}, {machine['device']}, torch {machine['torch']}." if machine else ""
@@ -48,11 +58,11 @@ def _head(results: Mapping[str, Any]) -> str:
 
 
 def _cell(difference: Mapping[str, Any], adjusted: float | None, digits: int = 3) -> str:
-    if difference["mean"] is None or math.isnan(difference["mean"]):
+    if difference["mean"] is None:
         return "–"
     text = f"{difference['mean']:+.{digits}f}"
     error = difference["standard_error"]
-    if error is None or math.isnan(error):
+    if error is None:
         return text
     text += f" ± {error:.{digits}f}"
     if adjusted is None:
@@ -179,6 +189,7 @@ def _about_settings(results: Mapping[str, Any]) -> list[str]:
     if not defaults:
         return []
     cells = [(c["arm"], m, c["differences"][m], c["adjusted"][m]) for c in defaults for m in WHO]
+    cells = [cell for cell in cells if _n(cell[2])]
     differ = [(arm, m, d) for arm, m, d, adjusted in cells if adjusted < ALPHA]
     hints = [(arm, m, d) for arm, m, d, adjusted in cells if d["p"] < ALPHA <= adjusted]
     head = f"Of {len(cells)} comparisons of a setting with the default one"

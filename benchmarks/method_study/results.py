@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -63,15 +63,24 @@ def read_runs(output: Path, models: int) -> dict[tuple[int, Arm], dict[str, Any]
 
 
 def collect(runs: Runs, models: int) -> dict[str, Any]:
-    """The results record."""
+    """The results record, in what JSON can hold: None for what does not exist."""
     comparisons = _corrected([c for c in _comparisons(runs, models) if next(iter(c.differences.values())).n])
     levels = [_level(arm, runs, models) for arm in dict.fromkeys(arm for _, arm in runs)]
-    return {
+    record = {
         "models": models,
         "comparisons": [dataclasses.asdict(c) for c in comparisons],
         "levels": levels,
         "diverged": sorted(f"{arm.corpus} {seed}: {arm.name}" for (seed, arm), run in runs.items() if run["diverged"]),
     }
+    return cast("dict[str, Any]", _plain(record))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _comparisons(runs: Runs, models: int) -> Iterator[Comparison]:
@@ -120,7 +129,7 @@ def _differences(runs: Runs, models: int, arm: Arm, against: Arm, view: str) -> 
             pair = [runs.get((seed, a)) for a in (arm, against)]
             known = [run["curve"] for run in pair if run is not None]
             values.append(difference(*known) if len(known) == 2 else math.nan)
-        return Difference.of(values)
+        return Difference.of([round(value, 5) for value in values])
 
     found = {measure: by_model(lambda a, b, m=measure: held.difference(a, b, m)) for measure in measures}
     if view == "forgetting":
@@ -146,7 +155,7 @@ def _level(arm: Arm, runs: Runs, models: int) -> dict[str, Any]:
     """What an arm kept at equal forgetting, on average, and its calibration."""
     known = [runs[seed, arm] for seed in range(models) if (seed, arm) in runs]
     view = views(arm.corpus)["forgetting"]
-    level: dict[str, Any] = {"arm": arm, "label": label(arm), "n": len(known)}
+    level: dict[str, Any] = {"arm": dataclasses.asdict(arm), "label": label(arm), "n": len(known)}
     middle = View("F_nll", sum(FORGET_RISE[arm.corpus]) / 2, math.inf)
     for measure in UTILITIES:
         level[measure] = _mean([view.value(run["curve"], measure) for run in known])

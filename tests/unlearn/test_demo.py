@@ -16,6 +16,7 @@ import torch
 import worker_tasks
 
 from trace_unlearn import cli, files
+from trace_unlearn.config import TraceConfig
 from trace_unlearn.demo import compare, corpus, workers
 from trace_unlearn.demo.corpus import make_corpus
 from trace_unlearn.demo.demo import DemoOptions, run_demo
@@ -159,6 +160,15 @@ def test_one_model_claims_nothing():
     text = " ".join(compare.verdict(compare.compare([model]), "TRACE", "shuffled"))
     assert "cannot tell a gain from noise" in text
     assert "helped" not in text
+
+
+def test_every_objective_of_the_demo_has_a_learning_rate_a_title_and_a_weighed_retain_loss():
+    from trace_unlearn.demo.demo import OBJECTIVES
+    from trace_unlearn.demo.results import TITLES
+    from trace_unlearn.demo.unlearn import LEARNING_RATES
+
+    assert set(OBJECTIVES) == set(LEARNING_RATES) == set(TITLES)
+    assert all(TraceConfig(objective=name).routes_weigh for name in OBJECTIVES)
 
 
 def test_tasks_wait_for_what_they_need(tmp_path):

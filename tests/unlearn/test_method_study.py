@@ -1,6 +1,8 @@
 """The method study: its arithmetic by hand, its corpora, and a run of seconds that is killed and goes on."""
 
 import contextlib
+import doctest
+import json
 import math
 import os
 import random
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_study
 
-from benchmarks.method_study import manuals, report, results
+from benchmarks.method_study import manuals, report, results, statistics
 from benchmarks.method_study.__main__ import main
 from benchmarks.method_study.cells import SECTIONS, SHUFFLED, TRACE, UNIFORM, Arm, ordered
 from benchmarks.method_study.statistics import Difference, View, at_equal, holm, sign_flip, tuned
@@ -121,6 +123,13 @@ def test_words_follow_the_numbers_and_four_models_are_too_few_to_claim():
     assert "**" not in text.split("### TRACE")[1]
 
 
+def test_publishing_replaces_what_is_between_the_marks():
+    page = f"before\n{report.BEGIN_MARK}\nold\n{report.END_MARK}\nafter\n"
+    assert report.publish(page, "new") == f"before\n{report.BEGIN_MARK}\n\nnew\n{report.END_MARK}\nafter\n"
+    with pytest.raises(UserError, match="lacks the lines"):
+        report.publish("no marks", "new")
+
+
 def test_text_splits_by_page():
     text = {manuals.FORGOTTEN: [[f"git {page} {i}" for i in range(8)] for page in range(60)]}
     text |= {family: [[f"{family} {page} {i}" for i in range(8)] for page in range(30)] for family in "xyz"}
@@ -150,6 +159,11 @@ def test_wrong_output(tmp_path, capsys):
     assert "no finished arm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", [manuals, statistics], ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    assert doctest.testmod(module).failed == 0
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_reports(tmp_path):
     output = tmp_path / "study"
@@ -173,7 +187,7 @@ def test_a_killed_study_goes_on_and_reports(tmp_path):
     assert [len(arm["curve"]) for arm in arms] == [4] * 6
     assert all(arm["curve"][-1]["F_nll"] > arm["curve"][0]["F_nll"] for arm in arms)
     assert arms[1]["calibration"]["error"] < arms[1]["calibration"]["error_before"]
-    record = read_json(output / "results.json")
+    record = json.loads((output / "results.json").read_text())
     assert [level["n"] for level in record["levels"]] == [2, 2, 2]
     assert (output / "results.md").read_text() == report.markdown(record)
     assert (output / "results.png").stat().st_size > 1000

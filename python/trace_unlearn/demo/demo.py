@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trace_unlearn.demo.unlearn import Recipe
     from trace_unlearn.demo.workers import Task
 
-OBJECTIVES = ("grad_diff", "npo")
+OBJECTIVES = ("grad_diff", "npo", "wga", "ce_u")  # that forget far enough to be compared, and weigh the retain loss
 MARKER = "demo.json"  # says that a folder is ours, and what it was made with
 
 
@@ -27,14 +27,14 @@ MARKER = "demo.json"  # says that a folder is ours, and what it was made with
 class DemoOptions:
     """Shows TRACE on tiny Mixture-of-Experts models that it pre-trains itself on generated facts; no downloads, no GPU.
 
-    A finished demo in the output folder is shown again, an interrupted one goes on, and more models or the other
+    A finished demo in the output folder is shown again, an interrupted one goes on, and more models or another
     objective are added to it.
 
     Args:
         output: the folder for models, results and report.html.
         quick: one model in about a minute. It cannot tell a gain from noise.
         models: how many independent models (other facts, other initial weights); 3, or 1 with --quick.
-        objective: "grad_diff" (gradient ascent on the forget set) or "npo".
+        objective: "grad_diff" (gradient ascent on the forget set), "npo", "wga" or "ce_u".
         workers: processes, one thread each; by default one per core.
         overwrite: replace what an earlier demo left in the output folder.
     """

@@ -19,7 +19,7 @@ from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.report import describe_calibration, describe_choices, footer
 
 TRACE, CONTROL = ARMS[1], ARMS[2]
-TITLES = {"grad_diff": "gradient ascent (GradDiff)", "npo": "NPO"}
+TITLES = {"grad_diff": "gradient ascent (GradDiff)", "npo": "NPO", "wga": "WGA", "ce_u": "CE-U"}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ARMS = ("uniform", "TRACE", "shuffled")  # shuffled: TRACE's weights, each on a random token; the control
 DATA = ("forget.jsonl", "retain.jsonl")
-LEARNING_RATES = {"grad_diff": 1.2e-4, "npo": 1.5e-4}
+LEARNING_RATES = {"grad_diff": 1.2e-4, "npo": 1.5e-4, "wga": 1.2e-4, "ce_u": 1.2e-4}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, p
     config = TraceConfig(
         objective=objective,
         alpha=recipe.retain_weight,
-        beta=recipe.npo_beta,
+        beta=recipe.npo_beta if objective == "npo" else None,
         weighting="uniform" if arm == "uniform" else "reference",
         retain_per_forget=recipe.retain_per_forget,
     )
