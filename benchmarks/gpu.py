@@ -3,9 +3,9 @@
     python -m benchmarks.gpu [--output FILE.json]
 
 Builds nothing: `make gpu` does that first. Exits 2, saying so, where there is no CUDA device; 1 when a result is
-wrong, and then times nothing. Candidates take turns in each round with a cold cache, at the sizes of `goals`; our
-calls without a backward are replayed from a CUDA graph. A backend or peer that does not run is named, with the reason.
-Writes one JSON and prints one table.
+wrong, and then times nothing. Candidates take turns in each round with a cold cache, at the sizes of `goals`; calls
+without a backward are replayed from a CUDA graph, also the peers' where they can be captured. A backend or peer that
+does not run is named, with the reason. Writes one JSON and prints one table.
 """
 
 from __future__ import annotations
@@ -72,35 +72,46 @@ def goals() -> list[Goal]:
     ]
 
 
+def tiny(goal: Goal) -> Goal:
+    """The same call with at most 64 of everything."""
+    sizes = {letter: min(size, 64) for letter, size in goal.case.sizes.items()}
+    return replace(goal, case=replace(goal.case, sizes=sizes))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each candidate of a case")
+    # On a CPU the same steps with tiny sizes, which measure nothing: for the test of this command.
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU here: torch sees no CUDA device, so nothing was run and nothing was measured", file=sys.stderr)
         return 2
-    report: dict = {"machine": describe(torch.device("cuda")), "conformance": "failed", "sanitizer": "not run"}
-    if conformance() != 0:
+    report: dict = {"machine": describe(device), "conformance": "failed", "sanitizer": "not run"}
+    if conformance(device) != 0:
         write(options.output, report)
         return 1
     report["conformance"] = "passed"
-    report["sanitizer"] = sanitizer()
+    report["sanitizer"] = sanitizer() if device.type == "cuda" else "absent"
     report["backends"] = {
         name: {backend.name: backend.unavailable() or "ready" for backend in backends}
         for name, backends in all_ops().items()
     }
-    report["timings"] = [row for goal in goals() for row in timed(goal, options.seconds)]
+    wanted = goals() if device.type == "cuda" else [tiny(goal) for goal in goals()]
+    report["timings"] = [row for goal in wanted for row in timed(goal, device, options.seconds)]
     write(options.output, report)
     table(report["timings"])
     return 0 if report["sanitizer"] in ("passed", "absent") else 1
 
 
-def conformance() -> int:
+def conformance(device: torch.device) -> int:
     """The whole suite on the device, and every op captured in a CUDA graph and replayed."""
     tests = ["tests/test_conformance.py", "tests/cuda/test_capture.py", "-k", "(right and cuda) or capture_and_replay"]
-    command = [sys.executable, "-m", "pytest", *tests]
-    return subprocess.run(command, cwd=ROOT).returncode
+    if device.type == "cpu":
+        tests = ["tests/test_conformance.py", "-n", "0", "-k", "right and reference and record_routing"]
+    return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT).returncode
 
 
 def sanitizer() -> str:
@@ -117,10 +128,9 @@ def sanitizer() -> str:
     return "passed"
 
 
-def timed(goal: Goal, seconds: float) -> list[dict]:
+def timed(goal: Goal, device: torch.device, seconds: float) -> list[dict]:
     """Rows of benchmarks.run for one goal, with the goal in them; what could not run is a row without times."""
     op: OpCases = discover()[goal.op]
-    device = torch.device("cuda")
     call = goal.case.call(device)
     if not goal.backward:
         call.differentiable = ()
@@ -134,7 +144,7 @@ def timed(goal: Goal, seconds: float) -> list[dict]:
     for name, candidate in candidates.items():
         try:
             candidate()
-            found[name] = graphed(candidate) if not call.differentiable and name.startswith("ours") else candidate
+            found[name] = candidate if call.differentiable or device.type == "cpu" else graphed(name, candidate)
         except Exception as error:  # another project's code may fail in any way, also for want of memory
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{goal.op} {goal.case.name}: {name} does not run: {failed[name]}")
@@ -144,11 +154,18 @@ def timed(goal: Goal, seconds: float) -> list[dict]:
     return [{**row, "goal_ms": goal.milliseconds, "failed": failed} for row in rows]
 
 
-def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    """The replay of what `function` launches: a call without the launches' own cost."""
+def graphed(name: str, function: Callable[[], object]) -> Callable[[], object]:
+    """The replay of what `function` launches, a call without the launches' own cost; itself if a peer's has none."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        if name.startswith("ours"):
+            raise
+        print(f"{name} cannot be captured and is timed without a graph: {str(error).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return function
     return graph.replay
 
 

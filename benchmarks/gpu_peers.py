@@ -1,4 +1,8 @@
-"""Other people's fused losses, with the signature of our ops: timed where they are installed, else named as absent."""
+"""Other people's fused losses, with the signature of our ops: timed where they are installed, else named as absent.
+
+Written against Liger-Kernel 0.8.2, Cut Cross-Entropy 25.6.4 and quack 0.6.4. None takes token weights: where there are
+some they multiply the unreduced loss, of those that have one.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +10,69 @@ from typing import Any
 
 import torch
 
-from trace_kernels.ops.linear_cross_entropy.cases import eager_reduce
+from trace_kernels.ops.linear_cross_entropy.cases import eager_reduce, torch_chunked
 
 
-def liger(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Liger-Kernel has no token weights: they multiply its unreduced loss."""
+def weighted(nll: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None) -> torch.Tensor:
+    return eager_reduce(nll, target != -100, token_weight, "mean", None)
+
+
+def liger_nll(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    reduction = "mean" if token_weight is None else "none"
-    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction)(weight, hidden, target)
-    return loss if token_weight is None else eager_reduce(loss, target != -100, token_weight, "mean", None)
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=-100, reduction="none")(weight, hidden, target)
 
 
-def cut_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Cut Cross-Entropy likewise, with its gradient filter on, as it comes."""
+def liger_scaled_nll(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Liger's native kernels on an sm_90, its torch fallback elsewhere: float32 losses, 4 passes with a backward."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    outputs = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, 1.0, -100)
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def cut_nll(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """With its gradient filter on, as it comes."""
     from cut_cross_entropy import linear_cross_entropy
 
-    reduction = "mean" if token_weight is None else "none"
-    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction)
-    return loss if token_weight is None else eager_reduce(loss, target != -100, token_weight, "mean", None)
+    return linear_cross_entropy(hidden, weight, target, ignore_index=-100, reduction="none")
 
 
 def quack(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *weights: Any) -> torch.Tensor:
     """Quack reduces over all tokens alike: what it is timed on is the unweighted mean."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return chunked_linear_cross_entropy(hidden, weight, target, reduction="mean")
+    return chunked_linear_cross_entropy(hidden, weight, target, ignore_index=-100, reduction="mean")
 
 
-def liger_log_prob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def loss_of(nll: Any) -> Any:
+    def loss(
+        hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return weighted(nll(hidden, weight, target), target, token_weight)
 
-    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight, hidden, target)
+    return loss
 
 
-def cut_log_prob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    from cut_cross_entropy import linear_cross_entropy
+def log_prob_of(nll: Any) -> Any:
+    return lambda hidden, weight, target: -nll(hidden, weight, target)
 
-    return -linear_cross_entropy(hidden, weight, target, reduction="none")
+
+def torch_chunked_nll(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch_chunked(hidden, weight, target, reduction="none")
 
 
 PEERS = {
     "linear_cross_entropy": {
-        "liger": liger,
-        "cut_cross_entropy": cut_cross_entropy,
+        "liger": loss_of(liger_nll),
+        "liger scaled": loss_of(liger_scaled_nll),
+        "cut_cross_entropy": loss_of(cut_nll),
         "quack (unweighted)": quack,
     },
-    "linear_log_prob": {"liger": liger_log_prob, "cut_cross_entropy": cut_log_prob},
+    "linear_log_prob": {
+        "torch_chunked": log_prob_of(torch_chunked_nll),
+        "liger": log_prob_of(liger_nll),
+        "liger scaled": log_prob_of(liger_scaled_nll),
+        "cut_cross_entropy": log_prob_of(cut_nll),
+    },
 }
