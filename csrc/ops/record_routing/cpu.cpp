@@ -1,5 +1,6 @@
 // record_routing_ on the CPU: expert counts and token scores from indices that the model chose.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
@@ -20,9 +21,10 @@ struct RecordRouting {
   float* score;        // [T], added to, or null
 };
 
-// A token has one writer and its slots are summed in order, so scores do not depend on the number of threads.
+// Returns how many entries of the table are NaN or infinite, and adds nothing when there are any. A token has one
+// writer and its slots are summed in order, so scores do not depend on the number of threads.
 template <typename Index>
-void record(const Index* indices, const RecordRouting& p, int num_threads) {
+int64_t record(const Index* indices, const RecordRouting& p, int num_threads) {
   constexpr int64_t kGrain = 4096;  // tokens below which a thread costs more than it saves
   const int64_t useful = (p.num_tokens + kGrain - 1) / kGrain;
   const int threads = static_cast<int>(useful < num_threads ? (useful < 1 ? 1 : useful) : num_threads);
@@ -30,6 +32,8 @@ void record(const Index* indices, const RecordRouting& p, int num_threads) {
   const int64_t skipped = p.num_experts;
   std::vector<float> table(skipped + 1, 0.0f);
   if (p.table != nullptr) std::copy(p.table, p.table + skipped, table.begin());
+  const int64_t bad = std::count_if(table.begin(), table.end(), [](float x) { return !std::isfinite(x); });
+  if (bad != 0) return bad;
   std::vector<std::vector<int64_t>> partial(threads);
   parallel(threads, [&](int thread, int of) {
     // Two histograms in turn: tokens in a row that choose the same expert do not wait for each other's store.
@@ -38,6 +42,7 @@ void record(const Index* indices, const RecordRouting& p, int num_threads) {
     const int64_t top_k = p.top_k, stride = p.indices_stride_k;  // in registers: the counts might alias p
     for (int64_t t = range.begin; t < range.end; ++t) {
       const Index* row = indices + t * p.indices_stride_t;
+      __builtin_prefetch(row + 128 * p.indices_stride_t);  // the hardware's prefetch stops at every page
       const int64_t counted = p.mask == nullptr || p.mask[t * p.mask_stride] ? 1 : 0;
       int64_t* mine = bins.data() + (t & 1) * (skipped + 1);
       float sum = 0.0f;
@@ -57,12 +62,13 @@ void record(const Index* indices, const RecordRouting& p, int num_threads) {
   for (const std::vector<int64_t>& local : partial) {
     for (size_t e = 0; e < local.size(); ++e) p.counts[e * p.counts_stride] += local[e];
   }
+  return 0;
 }
 
-void record_routing_cpu(uintptr_t indices, int index_bytes, bool index_signed, int64_t num_tokens, int64_t top_k,
-                        int64_t indices_stride_t, int64_t indices_stride_k, uintptr_t counts, int64_t num_experts,
-                        int64_t counts_stride, uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t score,
-                        int64_t score_stride, int num_threads) {
+int64_t record_routing_cpu(uintptr_t indices, int index_bytes, bool index_signed, int64_t num_tokens, int64_t top_k,
+                           int64_t indices_stride_t, int64_t indices_stride_k, uintptr_t counts, int64_t num_experts,
+                           int64_t counts_stride, uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t score,
+                           int64_t score_stride, int num_threads) {
   const RecordRouting p{num_tokens,
                         top_k,
                         num_experts,

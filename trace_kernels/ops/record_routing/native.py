@@ -7,6 +7,7 @@ import functools
 import torch
 
 from trace_kernels import native as compiled
+from trace_kernels import validate
 from trace_kernels.native import address, native, num_threads
 
 __all__ = ["cpu_unavailable", "forward_cpu", "refuse_cpu"]
@@ -27,9 +28,11 @@ def forward_cpu(
     gate: torch.Tensor | None,
 ) -> None:
     if gate is not None and gate.item() == 0:
+        if table is not None:
+            validate.check_finite("table", table)
         return
     table = None if table is None else table.contiguous()
-    native().record_routing_cpu(
+    not_finite = native().record_routing_cpu(
         indices.data_ptr(),
         indices.element_size(),
         indices.dtype.is_signed,
@@ -45,3 +48,5 @@ def forward_cpu(
         0 if token_score is None else token_score.stride(0),
         num_threads(),
     )
+    if not_finite:
+        raise validate.not_finite("table", not_finite, counts.shape[0])
