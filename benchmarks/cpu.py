@@ -25,6 +25,7 @@ from benchmarks.timing import interleave, median_ratio, peak_memory
 from trace_kernels.conformance import discover
 from trace_kernels.native import native
 from trace_kernels.ops.linear_cross_entropy.cases import eager, torch_chunked, torch_compile
+from trace_kernels.ops.router_topk.cases import torch_chain as chain
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -174,6 +175,37 @@ def routing(rounds: int, quick: bool) -> Iterator[Row]:
             yield "record_routing_: torch / ours", case.name, ratio(ours, other, 5 * rounds)[0], ">= 5"
 
 
+def router(rounds: int, quick: bool) -> Iterator[Row]:
+    """Against what Mixtral's and Qwen's routers do in torch: the forward with counts and scores, the backward alone."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, E in ((FP32, 128),) if quick else [(dtype, E) for dtype in (FP32, BF16) for E in (64, 128, 256)]:
+        T, k = 16384, 8
+        logits = torch.randn(T, E, generator=generator).to(dtype)
+        recording = {
+            "token_mask": torch.rand(T, generator=generator) < 0.7,
+            "counts": torch.zeros(E, dtype=torch.int64),
+            "table": torch.randn(E, generator=generator),
+            "token_score": torch.zeros(T),
+        }
+        name = f"{'fp32' if dtype == FP32 else 'bf16'} ({T}, {E}), k = {k}"
+        ours = functools.partial(tk.router_topk, logits, k, **recording, backend="cpu")
+        yield (
+            "router_topk: torch / ours",
+            name,
+            ratio(ours, functools.partial(chain, logits, k, **recording), rounds)[0],
+            ">= 6",
+        )
+        leaf, upstream = logits.requires_grad_(), torch.randn(T, k, generator=generator).to(dtype)
+        for renormalize in (True, False):
+            weights = (
+                tk.router_topk(leaf, k, renormalize=renormalize, backend="cpu")[0],
+                chain(leaf, k)[0] if renormalize else leaf.softmax(-1, dtype=torch.float).topk(k).values.to(dtype),
+            )
+            backward = [functools.partial(torch.autograd.grad, w, leaf, upstream, retain_graph=True) for w in weights]
+            what = "router_topk backward" + ("" if renormalize else ", dense gradient")
+            yield f"{what}: torch / ours", name, ratio(*backward, rounds)[0], ">= 4"
+
+
 def memory(rounds: int, quick: bool) -> Iterator[Row]:
     for dtype, *shape in ((FP32, 1024, 1024, 32000), (BF16, 1024, 2048, 50304))[: 1 if quick else 2]:
         head = Head(dtype, *shape)
@@ -213,6 +245,7 @@ SECTIONS = {
     "logits": rows_from_logits,
     "kl": divergence,
     "routing": routing,
+    "router": router,
     "memory": memory,
     "accuracy": accuracy,
 }
@@ -229,7 +262,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=sorted(SECTIONS), help="a section; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
-    for name in ("linear_cross_entropy", "linear_log_prob", "linear_kl", "cross_entropy"):
+    for name in (
+        "linear_cross_entropy",
+        "linear_log_prob",
+        "linear_kl",
+        "cross_entropy",
+        "record_routing_",
+        "router_topk",
+    ):
         if (reason := gate(discover()[name], "cpu", "cpu")) is not None:
             print(f"{name}: not timed, it is wrong: {reason}", file=sys.stderr)
             return 1

@@ -8,6 +8,7 @@ namespace TK_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+constexpr int kRowsAhead = 8;
 constexpr int32_t kLowest = INT32_MIN;  // below every number's `ordered`
 
 TK_INLINE vi splat_int(int32_t x) { return vi{} + x; }
@@ -282,7 +283,11 @@ void forward(const Router& p, const Range& tokens, const RouterScratch& scratch)
   int32_t* best = scratch.best;
   float* chosen = scratch.scores;  // [k]: the scores of all experts are not needed once the choice is made
   float stats[2] = {0.0f, 1.0f};
+  const int64_t row_bytes = p.stride_t * size_of(In), used_bytes = p.stride_e == 1 ? E * size_of(In) : 0;
   for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    // The hardware's prefetch stops at every page, and a row may be as long as one.
+    const char* ahead = static_cast<const char*>(p.logits) + (t + kRowsAhead) * row_bytes;
+    for (int64_t i = 0; i < used_bytes; i += 64) __builtin_prefetch(ahead + i);
     const float* z = scratch.logits;
     if (in_place) {
       z = static_cast<const float*>(p.logits) + t * p.stride_t;

@@ -96,8 +96,8 @@ def check_recording(
 
 # Not torch.library.custom_op: its bookkeeping for mutated arguments costs more than the kernel (36 us against 6 on a
 # warm cache), and this op runs once a layer.
-_library = torch.library.Library("trace_kernels", "FRAGMENT")
-_library.define(
+_library = torch.library.Library("trace_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "record_routing_(Tensor indices, Tensor(a!) counts, Tensor? token_mask, Tensor? table, Tensor(b!)? token_score, "
     "Tensor? gate, str backend) -> ()",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
@@ -123,8 +123,7 @@ def _run(
     torch.autograd.graph.increment_version(counts if token_score is None else (counts, token_score))
 
 
-@torch.library.register_fake("trace_kernels::record_routing_", lib=_library)
-def _(
+def _fake(
     indices: torch.Tensor,
     counts: torch.Tensor,
     token_mask: torch.Tensor | None,
@@ -136,5 +135,6 @@ def _(
     return None
 
 
-_library.impl("record_routing_", _run, "CompositeExplicitAutograd")
+_library.impl("record_routing_", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("trace_kernels::record_routing_", _fake, lib=_library)
 _record_routing = torch.ops.trace_kernels.record_routing_.default

@@ -162,7 +162,7 @@ def _eager(
     )  # fmt: skip
 
 
-def _chain(logits: torch.Tensor, k: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def torch_chain(logits: torch.Tensor, k: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What Mixtral's and Qwen's routers do: softmax, topk, renormalise; then bincount and gather-sum."""
     recording = {name: options.pop(name, None) for name in ("token_mask", "counts", "table", "token_score")}
     if options:
@@ -266,5 +266,5 @@ OP = OpCases(
     ),
     traffic=_traffic,
     eager=_eager,
-    peers={"torch_chain": _chain},
+    peers={"torch_chain": torch_chain},
 )  # fmt: skip
