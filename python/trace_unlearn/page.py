@@ -37,6 +37,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 caption { text-align: left; color: var(--muted); padding-bottom: .4rem; }
 th, td { padding: .32rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; background: var(--soft); }
+thead th { white-space: normal; vertical-align: bottom; }
 tbody th { background: none; font-weight: 400; }
 th:first-child, td:first-child { text-align: left; }
 table.text td, table.text th { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }

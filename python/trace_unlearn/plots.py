@@ -138,11 +138,13 @@ def trade_off(
     x_label: str,
     y_label: str,
     band: tuple[float, float] | None = None,
+    share: bool = False,
 ) -> Figure:
     """Curves against forgetting, one panel per entry; an arm with several curves (one per model) shows
     them pale and their mean bold.
 
-    `band` shades the range of x over which arms are compared.
+    `band` shades the range of x over which arms are compared. `share` is for y from 0 to 1, on one scale, without the
+    first colour, which is a baseline's.
     """
     with mpl.rc_context(STYLE):
         columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
@@ -151,7 +153,7 @@ def trade_off(
         for ax, (title, arms) in zip(axes, panels.items(), strict=False):
             if band is not None:
                 ax.axvspan(*band, color="#f3f4f6", zorder=0)
-            for colour, line, (arm, curves) in zip(COLOURS, LINES, arms.items(), strict=False):
+            for colour, line, (arm, curves) in zip(COLOURS[share:], LINES[share:], arms.items(), strict=False):
                 for x, y in curves if len(curves) > 1 else ():
                     ax.plot(x, y, color=colour, linewidth=0.9, alpha=0.3)
                 x, y = _mean_curve(curves)
@@ -159,6 +161,8 @@ def trade_off(
             ax.set_title(title)
             ax.set_xlabel(x_label)
             ax.set_ylabel(y_label)
+            if share:
+                ax.set_ylim(-0.03, 1.03)
         axes[0].legend(loc="best")
         for ax in axes[len(panels) :]:
             ax.set_visible(False)

@@ -17,7 +17,7 @@ import torch
 
 from trace_unlearn import files, plots
 from trace_unlearn.errors import UserError
-from trace_unlearn.page import Page, flatten, scalars, short_names
+from trace_unlearn.page import Page, flatten, scalars, short_names, show
 from trace_unlearn.robustness import describe_attacks, describe_suites
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -
     short = short_names(list(checkpoints))
     columns = {short[name]: flatten(scalars(measures)) for name, measures in checkpoints.items()}
     names = list(dict.fromkeys(key for values in columns.values() for key in values))
+    if len(columns) == 2:
+        _tiles(page, *columns.values())
     main = [name for name in names if name.partition(".")[2] in MAIN_MEASURES]
     for caption, shown in (
         ("Main measures of each checkpoint", main),
@@ -228,6 +230,17 @@ def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -
     ):
         rows = [[_title(name), *(values.get(name) for values in columns.values())] for name in shown]
         page.table(caption, ["measure", *columns], rows, folded=shown is not main)
+
+
+def _tiles(page: Page, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """What two checkpoints, one made from the other, are compared by first."""
+    shown = [
+        (f"{data}: {title}", f"{show(before[name])} → {show(after[name])}")
+        for data in ("forget", "retain")
+        for measure, title in (("exact_memorization", "tokens recited"), ("nll", "NLL, nats a token"))
+        if (name := f"{data}.{measure}") in before and name in after
+    ]
+    page.tiles(shown)
 
 
 def _title(name: str) -> str:

@@ -22,10 +22,13 @@ SCORES = {
     "tofu.model_utility": "TOFU model utility, 0 to 1 (high: kept)",
 }
 MEASURES = {
-    "exact_memorization": "tokens recited",
-    "extraction_strength": "extraction strength",
-    "fact_accuracy": "fact accuracy",
-    "nll": "NLL (nats a token)",
+    "forget": {
+        "exact_memorization": "recited",
+        "extraction_strength": "extracted",
+        "fact_accuracy": "facts",
+        "nll": "NLL",
+    },
+    "retain": {"exact_memorization": "recited", "fact_accuracy": "facts", "nll": "NLL"},
 }
 
 
@@ -43,7 +46,7 @@ def describe_suites(page: Page, suites: Mapping[str, Mapping[str, Any]]) -> None
         ("Scores of each checkpoint", main),
         ("All other scores", [name for name in names if name not in main]),
     ):
-        rows = [[SCORES.get(name, name), *(values.get(name) for values in columns.values())] for name in shown]
+        rows = [[_title(name), *(values.get(name) for values in columns.values())] for name in shown]
         if rows:
             page.table(caption, ["score", *columns], rows, folded=shown is not main)
 
@@ -95,12 +98,16 @@ def describe_attacks(
     _relearning(page, {short[model]: found["relearn"] for model, found in models.items() if "relearn" in found})
     for model, found in models.items():
         rows = [
-            [label, *(measures[data].get(name) for data in ("forget", "retain") for name in MEASURES)]
+            [label, *(measures[data].get(name) for data, names in MEASURES.items() for name in names)]
             for label, measures in conditions(found).items()
         ]
-        columns = ["attack", *(f"{data}: {title}" for data in ("forget", "retain") for title in MEASURES.values())]
+        columns = ["attack", *(f"{data}: {title}" for data, names in MEASURES.items() for title in names.values())]
         kept = [i for i in range(len(columns)) if i == 0 or any(row[i] is not None for row in rows)]
-        page.table(f"{short[model]} under attack", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+        caption = (
+            f"{short[model]} under attack: tokens recited (exact memorisation), extraction strength, fact accuracy, "
+            "and NLL in nats a token"
+        )
+        page.table(caption, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
     scores = {
         f"{short[model]}, {label}": flatten(scalars(measures["suites"]))
         for model, found in models.items()
@@ -108,8 +115,14 @@ def describe_attacks(
     }
     if scores:
         names = list(dict.fromkeys(name for values in scores.values() for name in values))
-        rows = [[SCORES.get(name, name), *(values.get(name) for values in scores.values())] for name in names]
+        rows = [[_title(name), *(values.get(name) for values in scores.values())] for name in names]
         page.table("Benchmarks under attack", ["score", *scores], rows, folded=True)
+
+
+def _title(name: str) -> str:
+    if name.startswith("lm_eval.") and name.endswith(".acc"):
+        return f"{name.removeprefix('lm_eval.').removesuffix('.acc')}, accuracy by lm-eval"
+    return SCORES.get(name, name)
 
 
 def _with_suites(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -128,10 +141,8 @@ def _strongest(model: str, found: Mapping[str, Any]) -> str:
     label = max(shares, key=lambda name: shares[name])
     if shares[label] <= before:
         return f"{model}: no attack brought anything back; it recites {before:.1%} of the forget tokens without one."
-    return (
-        f"{model}: most came back {label}: it recites {shares[label]:.1%} of the forget tokens, {before:.1%} before "
-        "the attack."
-    )
+    back = f"it recites {shares[label]:.1%} of the forget tokens, {before:.1%} before"
+    return f'{model}: most comes back by "{label}": {back}.'
 
 
 def _relearning(page: Page, curves: Mapping[str, Mapping[str, Any]]) -> None:
@@ -156,7 +167,7 @@ def _relearning(page: Page, curves: Mapping[str, Mapping[str, Any]]) -> None:
     rows = next(iter(curves.values()))["rows"]
     page.figure(
         "relearning",
-        plots.trade_off(panels, x_label="steps of relearning", y_label="share of tokens recited"),
+        plots.trade_off(panels, x_label="steps of relearning", y_label="share of tokens recited", share=True),
         alt=f"Line plots of the share of tokens recited while relearning. {ends}.",
         caption=f"Relearning on {rows['shown']:,} rows. What rises in the middle was in the weights still, or follows "
         "from the shown rows.",
