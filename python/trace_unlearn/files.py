@@ -42,7 +42,12 @@ def write_json(path: PathLike, value: Any) -> None:
     >>> read_json(folder + "/metrics.json")
     {'nll': 1.5, 'broken': None}
     """
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: PathLike) -> Any:

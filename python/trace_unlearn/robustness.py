@@ -41,12 +41,12 @@ def describe_suites(page: Page, suites: Mapping[str, Mapping[str, Any]]) -> None
         return
     page.heading("Benchmarks")
     main = [name for name in SCORES if name in names]
-    main += [name for name in names if name.startswith("lm_eval.") and ".parts." not in name]
+    main += [name for name in names if is_main(name) and name not in main]
     for caption, shown in (
         ("Scores of each checkpoint", main),
         ("All other scores", [name for name in names if name not in main]),
     ):
-        rows = [[_title(name), *(values.get(name) for values in columns.values())] for name in shown]
+        rows = [[score_title(name), *(values.get(name) for values in columns.values())] for name in shown]
         if rows:
             page.table(caption, ["score", *columns], rows, folded=shown is not main)
 
@@ -115,11 +115,17 @@ def describe_attacks(
     }
     if scores:
         names = list(dict.fromkeys(name for values in scores.values() for name in values))
-        rows = [[_title(name), *(values.get(name) for values in scores.values())] for name in names]
+        rows = [[score_title(name), *(values.get(name) for values in scores.values())] for name in names]
         page.table("Benchmarks under attack", ["score", *scores], rows, folded=True)
 
 
-def _title(name: str) -> str:
+def is_main(name: str) -> bool:
+    """Whether a score is one that a reader compares first."""
+    return name in SCORES or (name.startswith("lm_eval.") and ".parts." not in name)
+
+
+def score_title(name: str) -> str:
+    """What a score is called in a table."""
     if name.startswith("lm_eval.") and name.endswith(".acc"):
         return f"{name.removeprefix('lm_eval.').removesuffix('.acc')}, accuracy by lm-eval"
     return SCORES.get(name, name)

@@ -22,6 +22,7 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import EvaluateOptions
 from trace_unlearn.files import digest_of, read_json, refuse_existing, write_json
 from trace_unlearn.lock import LOCK, alone
+from trace_unlearn.model_card import write_evaluated
 from trace_unlearn.profile import ProfileOptions
 from trace_unlearn.report import ReportOptions
 from trace_unlearn.suites import open_suites
@@ -150,6 +151,8 @@ def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None])
             importlib.import_module(f"trace_unlearn.{step.verb}").main(step.options)
             record[step.verb]["seconds"] = round(time.monotonic() - begun, 1)
             write_json(output / RECORD, record)
+        # Last of all: what reads the model folder would take it for another one.
+        write_evaluated(output / PRODUCTS["train"], output)
 
 
 def _remove_unused(output: Path) -> None:

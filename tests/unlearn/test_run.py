@@ -86,6 +86,10 @@ def test_attacks_are_a_step_of_their_own(configuration, checkpoint):
         assert set(found["reroute"]) == {"chosen", "critical"}
     page = (folder / "report.html").read_text()
     assert "without critical experts" in page
+    card = (folder / "model" / "README.md").read_text()
+    for text in ("this model", "without critical experts", "MUSE PrivLeak", "SHA-256 of the calibration"):
+        assert text in card
+    assert str(folder) not in card
     assert "privleak" in page
 
 
