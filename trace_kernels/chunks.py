@@ -129,15 +129,19 @@ class Chunks:
         buffers: int = 1,
         whole: bool = False,
         budget: int = CHUNK_BYTES,
+        rows: int | None = None,
     ) -> None:
-        """`buffers` of logits; with `whole` they keep all blocks of a chunk, because `dz` needs them again."""
+        """`buffers` of logits; with `whole` they keep all blocks of a chunk, because `dz` needs them again.
+
+        rows: of a chunk, whatever memory that takes.
+        """
         self.num_rows, self.width = hidden.shape
         self.num_classes = num_classes
         self.whole = whole
         # Rows start on 256 bytes: wide loads, whatever the vocabulary's size.
         stride = cdiv(num_classes, 64) * 64
         row_bytes = stride * ((hidden.element_size() if gradient else 0) + (4 * buffers if whole else 0))
-        self.rows = chunk_rows(self.num_rows, row_bytes, budget)
+        self.rows = chunk_rows(self.num_rows, row_bytes, budget) if rows is None else min(rows, self.num_rows)
         per_row = BLOCK_BYTES // (4 * max(1, self.rows) * buffers)
         self.columns = min(stride, max(BLOCK_STEP, per_row // BLOCK_STEP * BLOCK_STEP))
         columns = stride if self.whole else self.columns

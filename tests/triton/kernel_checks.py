@@ -16,6 +16,7 @@ from trace_kernels.losses import NO_LABEL
 from trace_kernels.ops.linear_cross_entropy import fused
 from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
 from trace_kernels.ops.linear_cross_entropy import triton as linear
+from trace_kernels.ops.linear_kl import chunked as kl_chunks
 from trace_kernels.ops.linear_kl import reference as kl_reference
 from trace_kernels.ops.linear_kl import triton as kl
 from trace_kernels.triton_common import scaled_rows
@@ -113,6 +114,38 @@ def a_label_of_another_slice_has_probability_0():
         for dtype in (torch.bfloat16, torch.float16):
             problems = no_label_problems(linear.forward, linear.backward_weight, dtype)
             assert problems == [], problems
+
+
+@check
+def slices_of_linear_kl_add_up():
+    """Two slices of the vocabulary, each told the sums of the whole one after every chunk of rows."""
+    hidden, weight, _, row_weight, _ = inputs(torch.bfloat16)
+    weight[1500] /= 20
+    weight[4399] /= 60
+    ref_hidden, ref_weight = hidden.flip(1), weight.flip(1) * 0.5
+    row_weight[2] = 0
+    options = (row_weight, 30.0, 0.7)
+    whole = kl_reference.forward(hidden, weight, ref_hidden, ref_weight, *options, True, False)
+    before, kl_chunks.SPLIT_ROWS = kl_chunks.SPLIT_ROWS, 4
+    parts, seen = [], []
+    try:
+        for part in (slice(0, 2500), slice(2500, 4400)):
+            start = 0
+
+            def exchange(*rows):
+                nonlocal start
+                for mine, all_rows in zip(rows, whole[:3], strict=True):
+                    mine.copy_(all_rows[start : start + len(mine)])
+                start += len(rows[0])
+
+            with small_memory(rows=4):
+                slices = (hidden, weight[part], ref_hidden, ref_weight[part])
+                parts.append(kl.forward_split(*slices, *options, exchange)[3].float())
+            seen.append(start)
+    finally:
+        kl_chunks.SPLIT_ROWS = before
+    assert seen == [9, 9]
+    close([sum(parts)], [whole[3].float()], torch.bfloat16)
 
 
 @check

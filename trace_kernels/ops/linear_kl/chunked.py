@@ -17,8 +17,13 @@ from trace_kernels.chunks import CHUNK_BYTES, Chunks, KeptFirst, ScaledRows, Wei
 #: A row needs five times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
 BUDGET = 2 * CHUNK_BYTES
 
+#: Rows of a chunk where the vocabulary is split: the same in every process, whatever the size of its slice.
+SPLIT_ROWS = 512
+
 #: A block of the policy's logits and the same of the reference's, [R, columns] float32 with the same strides.
 Pair = tuple[torch.Tensor, torch.Tensor]
+#: (kl, lse, ref_lse) of rows, which it changes in place from those of a slice to those of the whole vocabulary.
+Exchange = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,11 @@ class _Sides:
         ref_weight: torch.Tensor,
         row_weight: torch.Tensor | None,
         *others: torch.Tensor,
+        reorder: bool = True,
     ) -> None:
         self.order = None
         self.row_weight, self.others = row_weight, others
-        if row_weight is not None and counting(hidden, weight) and counting(ref_hidden, ref_weight):
+        if reorder and row_weight is not None and counting(hidden, weight) and counting(ref_hidden, ref_weight):
             self.order = KeptFirst(row_weight != 0)
             hidden, ref_hidden = self.order.gathered(hidden), self.order.gathered(ref_hidden)
             self.row_weight = self.order.gathered(row_weight)
@@ -112,17 +118,24 @@ def forward(
     logit_scale: float,
     want_dhidden: bool,
     want_dweight: bool,
+    exchange: Exchange | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty."""
+    """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty.
+
+    With `exchange` the weights are slices, and it makes the sums of the whole vocabulary out of a chunk's.
+    """
     (T, H), V = hidden.shape, weight.shape[0]
     options = Options(softcap, logit_scale)
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_weight)
+    split = exchange is not None
+    # How a process orders its rows may depend on its slice: where others have theirs, they stay as they are.
+    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_weight, reorder=not split)
     gradient = want_dhidden or want_dweight
     kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
     lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
     dweight = WeightGradient(kernels.scaled_rows, sides.weight, want_dweight)
-    chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET)
+    chunk_rows = SPLIT_ROWS if split else None
+    chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET, rows=chunk_rows)
     state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
     for rows in chunks.slices():
         weights = None if sides.row_weight is None else sides.row_weight[rows]
@@ -131,6 +144,8 @@ def forward(
         for block in chunks.blocks():
             logits = sides.logits(chunks, rows, block, count)
             kernels.block(logits, weights, state, outputs, block.start == 0, block.stop == V, options)
+        if exchange is not None:
+            exchange(*outputs)
         if not gradient:
             continue
         dz, whole = chunks.dz(rows), slice(0, V)
@@ -143,6 +158,23 @@ def forward(
             dweight.add(dz, sides.hidden[rows], factor[rows], count)
     kl, lse, ref_lse, dhidden = (sides.in_order(rows) for rows in (kl, lse, ref_lse, dhidden))
     return kl, lse, ref_lse, dhidden, dweight.result()
+
+
+def forward_split(
+    kernels: RowKernels,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    exchange: Exchange,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kl, lse and ref_lse [T] of the whole vocabulary, and the part [T, H] of dhidden of this process's slice."""
+    return forward(
+        kernels, hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, True, False, exchange
+    )[:4]
 
 
 def backward_weight(

@@ -65,3 +65,4 @@ def _gradient(
 KERNELS = RowKernels(_block, _gradient, scaled_rows)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)
+forward_split = functools.partial(chunked.forward_split, KERNELS)

@@ -16,7 +16,12 @@ from trace_kernels.ops.linear_kl import cuda, native, reference
 # the arguments of reference.py. The matrices may have any strides, the reference's a dtype of their own; row_weight,
 # lse, ref_lse and row_grad are contiguous and of the compute dtype.
 backends = OpBackends("linear_kl")
-backends.register("reference", forward=reference.forward, backward_weight=reference.backward_weight)
+backends.register(
+    "reference",
+    forward=reference.forward,
+    forward_split=reference.forward_split,
+    backward_weight=reference.backward_weight,
+)
 backends.register(
     "cpu",
     unavailable=native.cpu_unavailable,
@@ -24,8 +29,8 @@ backends.register(
     forward=native.forward_cpu,
     backward_weight=native.backward_weight_cpu,
 )
-triton_backend.register(backends, __package__, "forward", "backward_weight")
-cuda_backend.register(backends, cuda, "forward", "backward_weight")
+triton_backend.register(backends, __package__, "forward", "forward_split", "backward_weight")
+cuda_backend.register(backends, cuda, "forward", "forward_split", "backward_weight")
 
 
 def linear_kl(
@@ -228,33 +233,43 @@ def linear_kl_split(
     """`linear_kl_op` where both weights are this process's slices.
 
     With a and b the slice's shares of the policy's and the reference's probability, kl is the sum over slices of
-    ``b * (kl_r + log(b / a))``, and the gradient that of ``b * dkl_r + (a - b) * dlse_r``. The second term costs a
-    further pass over the policy's slice and a product.
+    ``b * (kl_r + log(b / a))``. The gradient needs the sums of the whole vocabulary: a backend with ``forward_split``
+    asks for them after each chunk of rows. For another one it is ``b * dkl_r + (a - b) * dlse_r``, whose second term
+    costs a further pass over the policy's slice and a product.
     """
-    with losses.without_autocast(hidden.device):
-        functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
-        kl, lse, ref_lse, dhidden, _ = functions.forward(
-            hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, want_dhidden, False
-        )
+
+    def exchange(kl: torch.Tensor, lse: torch.Tensor, ref_lse: torch.Tensor) -> None:
         parts = vocabulary.gathered(torch.stack([kl, lse, ref_lse]), group_name)
         total, ref_total = torch.logsumexp(parts[:, 1], dim=0), torch.logsumexp(parts[:, 2], dim=0)
         log_share, log_ref_share = parts[:, 1] - total, parts[:, 2] - ref_total
         ref_share = log_ref_share.exp()
         terms = ref_share * (parts[:, 0] + log_ref_share - log_share)
-        combined = torch.where(ref_share == 0, 0, terms).sum(dim=0)
-        if want_dhidden:
-            a, b = torch.exp(lse - total), torch.exp(ref_lse - ref_total)
-            target = torch.full_like(lse, losses.NO_LABEL, dtype=torch.int64)
-            log_prob = log_prob_backends.select(backend, hidden.device, hidden, weight, None)
-            minus_dlse = log_prob.forward(
-                hidden, weight, None, target, row_weight, vocabulary.IGNORED, softcap, logit_scale, True, False
-            )[2]
-            corrected = torch.addcmul(dhidden * b[:, None], minus_dlse.to(lse.dtype), (b - a)[:, None])
-            dhidden = corrected.to(hidden.dtype)
+        kl.copy_(torch.where(ref_share == 0, 0, terms).sum(dim=0))
+        lse.copy_(total)
+        ref_lse.copy_(ref_total)
+
+    matrices = (hidden, weight, ref_hidden, ref_weight)
+    with losses.without_autocast(hidden.device):
+        functions = backends.select(backend, hidden.device, *matrices)
+        options = (row_weight, softcap, logit_scale)
+        if want_dhidden and hasattr(functions, "forward_split"):
+            kl, lse, ref_lse, dhidden = functions.forward_split(*matrices, *options, exchange)
+        else:
+            kl, lse, ref_lse, dhidden, _ = functions.forward(*matrices, *options, want_dhidden, False)
+            mine, ref_mine = lse.clone(), ref_lse.clone()
+            exchange(kl, lse, ref_lse)
+            if want_dhidden:
+                a, b = torch.exp(mine - lse), torch.exp(ref_mine - ref_lse)
+                target = torch.full_like(lse, losses.NO_LABEL, dtype=torch.int64)
+                log_prob = log_prob_backends.select(backend, hidden.device, hidden, weight, None)
+                minus_dlse = log_prob.forward(
+                    hidden, weight, None, target, row_weight, vocabulary.IGNORED, softcap, logit_scale, True, False
+                )[2]
+                corrected = torch.addcmul(dhidden * b[:, None], minus_dlse.to(lse.dtype), (b - a)[:, None])
+                dhidden = corrected.to(hidden.dtype)
         if row_weight is not None:
-            dropped = row_weight == 0
-            combined, total, ref_total = (rows.masked_fill(dropped, 0) for rows in (combined, total, ref_total))
-    return combined, total, ref_total, dhidden
+            kl, lse, ref_lse = (rows.masked_fill(row_weight == 0, 0) for rows in (kl, lse, ref_lse))
+    return kl, lse, ref_lse, dhidden
 
 
 @linear_kl_split.register_fake

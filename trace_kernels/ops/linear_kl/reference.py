@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from trace_kernels.losses import compute_dtype
@@ -19,10 +21,12 @@ def forward(
     logit_scale: float,
     want_dhidden: bool,
     want_dweight: bool,
+    exchange: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; those not wanted are empty.
 
-    dhidden_t is d kl_t / d hidden_t; dweight is the sum of row_weight_t * d kl_t (all ones when None).
+    dhidden_t is d kl_t / d hidden_t; dweight is the sum of row_weight_t * d kl_t (all ones when None). With `exchange`
+    the weights are slices: it makes kl and both logsumexps those of the whole vocabulary, in place.
     """
     dtype = compute_dtype(hidden.dtype)
     dropped = hidden.new_zeros(hidden.shape[0], dtype=torch.bool) if row_weight is None else row_weight == 0
@@ -33,6 +37,9 @@ def forward(
     q = log_q.exp()
     # 0 * log 0 is 0, and a class that both rule out has no log-ratio at all.
     kl = torch.where(q == 0, 0, q * (log_q - log_p)).sum(dim=1)
+    if exchange is not None:
+        exchange(kl, lse, ref_lse)
+        log_p, q = z - lse[:, None], (ref_z - ref_lse[:, None]).exp()
     dhidden, dweight = x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1])
     if want_dhidden or want_dweight:
         dlogits = untransform(log_p.exp() - q, z, softcap, logit_scale).masked_fill_(dropped[:, None], 0)
@@ -47,6 +54,20 @@ def forward(
         dhidden.to(hidden.dtype),
         dweight.to(weight.dtype),
     )
+
+
+def forward_split(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    exchange: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kl, lse and ref_lse [T] of the whole vocabulary, and the part [T, H] of dhidden of this process's slice."""
+    return forward(hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, True, False, exchange)[:4]
 
 
 def backward_weight(
