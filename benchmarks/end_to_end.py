@@ -23,6 +23,7 @@ import copy
 import functools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -238,7 +239,9 @@ def peak_of(options: argparse.Namespace) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         step = Step(options, options.objective, folder, (arm,))
         step.run(arm)  # loads libraries, makes the optimiser's state
-        step.optimizer.zero_grad(set_to_none=False)  # the gradients are there, as in a step of several micro-batches
+        for parameter in step.model.parameters():  # an earlier micro-batch's; zeros_like would not touch its pages
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter).zero_()
         found = peak_memory(lambda: step.backward(arm), torch.device(options.device))
         if found is None:
             raise SystemExit("this system does not tell a process's highest memory")
@@ -247,6 +250,8 @@ def peak_of(options: argparse.Namespace) -> dict[str, int]:
 
 def memory(options: argparse.Namespace, objective: str) -> dict[str, dict[str, int]]:
     found = {}
+    # Freed blocks go back to the system at once: the resident set is what is alive, not what the allocator keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for arm in ARMS:
         given = {"objective": objective, "peak-of": arm}
         for name in ("trainable", "dtype", "device", "hidden", "layers", "vocabulary", "documents", "tokens"):
@@ -254,7 +259,7 @@ def memory(options: argparse.Namespace, objective: str) -> dict[str, dict[str, i
         command = [sys.executable, "-m", "benchmarks.end_to_end"]
         command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
         command += [f"--{name}" for name in ("checkpointing", "full") if getattr(options, name)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found[arm] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -1,0 +1,44 @@
+"""Each example runs, and says of itself what it computes with and without our losses."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield lambda name: runpy.run_path(str(EXAMPLES / name), run_name="example")["main"]()
+    sys.modules.pop("hugging_face_trainer", None)
+
+
+def test_every_example_is_tested():
+    tested = Path(__file__).read_text()
+    assert all(f'run("{path.name}")' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_hugging_face_trainer(run):
+    found = run("hugging_face_trainer.py")
+    assert len(found["plain"]) == 4
+    assert found["fused"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["plain"][-1] != found["plain"][0]
+
+
+def test_trl_sft(run):
+    pytest.importorskip("trl")
+    found = run("trl_sft.py")
+    losses = {name: [float(entry["loss"]) for entry in entries] for name, entries in found.items()}
+    assert len(losses["plain"]) == 4
+    assert losses["fused"] == pytest.approx(losses["plain"], rel=1e-5)
+    off = found["plain"][0].keys() - found["fused"][0].keys()
+    assert off <= {"entropy", "mean_token_accuracy", "num_tokens"}  # as the example says
+
+
+def test_bare_pytorch(run):
+    log = run("bare_pytorch.py")
+    assert log["forget"][-1] < 0.1 * log["forget"][0]
+    assert log["retain"][-1] < 0.1 * log["retain"][0]
