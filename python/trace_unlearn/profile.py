@@ -26,12 +26,11 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.model import check_inputs, check_placement, load_model, load_tokenizer
 from trace_unlearn.routing import RoutingRecorder, unwrap
 
-TENSORS, META = "routing.safetensors", "routing.json"
-_FORMAT = 1
+TENSORS, META, ROUTES = "routing.safetensors", "routing.json", "routes.npy"
+_FORMAT = 2
 _TENSOR_FIELDS = (
     "forget_counts",
     "retain_counts",
-    "retain_routes",
     "retain_offsets",
     "forget_design_effect",
     "retain_design_effect",
@@ -52,7 +51,7 @@ class RoutingStatistics:
         retain_tokens: N.
         top_k: k.
         retain_routes: [N, L, k] uint8 or uint16, the experts of each retain token in the order of the data set; an
-            entry of E or more is a slot without a routed expert.
+            entry of E or more is a slot without a routed expert. It may be a memory map of a file.
         retain_offsets: [D + 1] int64; the tokens of document d are retain_offsets[d] to retain_offsets[d + 1].
         meta: the model, its layers, the fingerprints of both data sets, and the versions of what computed this.
         forget_design_effect: [L, E] float32, by how much the variance of f over documents exceeds that of independent
@@ -90,20 +89,30 @@ class RoutingStatistics:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder in one step: it is there and whole, or not there."""
         with files.staged_folder(folder) as staged:
-            tensors = {name: value for name in _TENSOR_FIELDS if isinstance(value := getattr(self, name), torch.Tensor)}
-            files.save_tensors(staged / TENSORS, tensors)
-            numbers = {name: getattr(self, name) for name in ("forget_tokens", "retain_tokens", "top_k")}
-            files.write_json(staged / META, {"format": _FORMAT, **numbers, "meta": self.meta})
+            np.save(staged / ROUTES, self.retain_routes.numpy())
+            self._save_rest(staged)
+
+    def _save_rest(self, staged: Path) -> None:
+        """All but the routes."""
+        tensors = {name: value for name in _TENSOR_FIELDS if isinstance(value := getattr(self, name), torch.Tensor)}
+        files.save_tensors(staged / TENSORS, tensors)
+        numbers = {name: getattr(self, name) for name in ("forget_tokens", "retain_tokens", "top_k")}
+        files.write_json(staged / META, {"format": _FORMAT, **numbers, "meta": self.meta})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RoutingStatistics:
-        """Reads what `save` wrote; UserError for anything else."""
+        """Reads what `save` wrote, the routes as a memory map; UserError for anything else."""
         meta = files.read_json(Path(folder) / META)
         tensors: dict[str, Any] = files.load_tensors(Path(folder) / TENSORS)
         if not isinstance(meta, dict) or meta.pop("format", None) != _FORMAT:
             raise UserError(f"{Path(folder) / META}: not routing statistics that this version of trace-unlearn reads")
         try:
-            stats = cls(**tensors, **meta)
+            # Copy on write: torch wants memory that may be written to; nobody does.
+            routes = torch.from_numpy(np.load(Path(folder) / ROUTES, mmap_mode="c"))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{Path(folder) / ROUTES}: not readable routes: {error}") from error
+        try:
+            stats = cls(retain_routes=routes, **tensors, **meta)
             L, E = stats.forget_counts.shape
             N = stats.retain_tokens
             whole = (
@@ -114,7 +123,7 @@ class RoutingStatistics:
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{folder}: not routing statistics: {error}") from error
         if not whole:
-            raise UserError(f"{folder}: {TENSORS} and {META} do not belong together; profile again")
+            raise UserError(f"{folder}: {TENSORS}, {META} and {ROUTES} do not belong together; profile again")
         return stats
 
 
@@ -126,11 +135,13 @@ def profile_routing(
     batch_size: int = 8,
     pad_token_id: int,
     progress: bool = True,
+    output: str | os.PathLike[str] | None = None,
 ) -> RoutingStatistics:
     """Runs both data sets once through `model`, in eval mode and without gradients, and counts activations.
 
     The result does not depend on `batch_size` beyond the rounding of the model's own arithmetic. It holds the experts
-    of every loss-bearing retain token: N * L * k bytes of memory (three times that at the end of the run).
+    of every loss-bearing retain token, N * L * k bytes (twice that from 256 experts on): in memory, or with `output` in
+    a file, where memory stays bounded by a batch.
 
     Args:
         model: a causal MoE language model; left in the mode it came in.
@@ -139,40 +150,58 @@ def profile_routing(
         batch_size: documents a forward; documents of like length share one.
         pad_token_id: what fills up short documents.
         progress: whether to show a bar.
+        output: a folder to write, as `RoutingStatistics.save` does; it must not exist. The routes go into it as they
+            come, and what is returned maps them from there.
 
     Raises:
         UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
     """
     _check_batch_size(batch_size)
     overlap = check_disjoint(forget, retain)
+    if output is None:
+        return _profile(model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress), None)
+    with files.staged_folder(output) as staged:
+        run = _Run(model, batch_size, pad_token_id, progress)
+        stats = _profile(model, forget, retain, overlap, run, staged / ROUTES)
+        stats._save_rest(staged)
+        del stats  # with the map of the file in the hidden folder
+    return RoutingStatistics.load(output)
+
+
+def _profile(
+    model: PreTrainedModel,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    overlap: int,
+    run: _Run,
+    path: Path | None,
+) -> RoutingStatistics:
     was_training = model.training
     model.train(False)
     try:
-        recorder = RoutingRecorder(model, store_routes=True)
-        run = _Run(model, recorder, batch_size, pad_token_id, progress)
         forget_offsets = run.offsets("forget", forget)
         retain_offsets = run.offsets("retain", retain)
-        forget_counts = run.count("forget", forget, forget_offsets, None)
-        routes: list[npt.NDArray[np.uint16]] = []
-        retain_counts = run.count("retain", retain, retain_offsets, routes)
+        forget_side = run.count("forget", forget, forget_offsets, None)
+        routes = run.room_for_routes(int(retain_offsets[-1]), path)
+        retain_side = run.count("retain", retain, retain_offsets, routes)
     finally:
         model.train(was_training)
-    num_experts = forget_counts.shape[1]
+    layers = run.recorder.layers
     return RoutingStatistics(
-        forget_counts,
-        retain_counts,
+        forget_side.counts,
+        retain_side.counts,
         int(forget_offsets[-1]),
         int(retain_offsets[-1]),
-        routes[0].shape[2],
-        torch.from_numpy(_narrow(routes[0], num_experts)),
+        routes.shape[2],
+        torch.from_numpy(routes),
         torch.from_numpy(retain_offsets),
         {
             "model": getattr(model.config, "_name_or_path", ""),
             "model_type": model.config.model_type,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "layers": [layer.name for layer in recorder.layers],
-            "layer_indices": [layer.layer_index for layer in recorder.layers],
-            "num_experts": num_experts,
+            "layers": [layer.name for layer in layers],
+            "layer_indices": [layer.layer_index for layer in layers],
+            "num_experts": forget_side.counts.shape[1],
             "forget_fingerprint": fingerprint(forget),
             "retain_fingerprint": fingerprint(retain),
             "forget_documents": len(forget),
@@ -185,6 +214,8 @@ def profile_routing(
                 "python": platform.python_version(),
             },
         },
+        forget_side.design_effect(),
+        retain_side.design_effect(),
     )
 
 
@@ -193,13 +224,59 @@ def _check_batch_size(batch_size: int) -> None:
         raise UserError(f"batch_size: got {batch_size}, allowed is 1 or more")
 
 
-@dataclass
+class _Side:
+    """What one data set activates: counts over all tokens, and how unlike its documents are."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.counts = torch.zeros(0)
+        self._documents = 0
+        # Over documents d with n_d tokens of which y_d activate an expert: sums of y_d^2, y_d n_d [L, E], and n_d^2.
+        self._squares = torch.zeros((), dtype=torch.float64)
+        self._products = torch.zeros((), dtype=torch.float64)
+        self._sizes = 0.0
+
+    def add(self, chosen: torch.Tensor, sizes: torch.Tensor, num_experts: int) -> None:
+        """Takes in the routes [n, L, k] of whole documents of `sizes` [d] tokens; -1 is no expert."""
+        n, L = chosen.shape[:2]
+        document = torch.repeat_interleave(torch.arange(len(sizes), device=chosen.device), sizes, output_size=n)
+        place = (document[:, None] * L + torch.arange(L, device=chosen.device))[:, :, None] * (num_experts + 1)
+        place = place + torch.where(chosen < 0, num_experts, chosen)
+        hits = torch.bincount(place.flatten(), minlength=len(sizes) * L * (num_experts + 1))
+        hits = hits.view(len(sizes), L, num_experts + 1)[:, :, :num_experts].double().cpu()
+        length = sizes.double().cpu()
+        self._squares = self._squares + (hits**2).sum(0)
+        self._products = self._products + (hits * length[:, None, None]).sum(0)
+        self._sizes += float((length**2).sum())
+        self._documents += int((length > 0).sum())
+
+    def design_effect(self) -> torch.Tensor:
+        """[L, E] float32: the variance of the frequency when documents are drawn, over that when tokens are.
+
+        It is the linearised variance of a ratio of document sums, sum (y_d - p n_d)^2 D / ((D - 1) N^2), over
+        p (1 - p) / N. At least 1; 1 where the frequency is 0 or 1, and infinite for a single document, which says
+        nothing about how documents differ.
+        """
+        p = self.counts.double() / self.tokens
+        if self._documents < 2:
+            return torch.full(p.shape, torch.inf)
+        spread = self._squares - 2 * p * self._products + p**2 * self._sizes
+        among = spread * self._documents / ((self._documents - 1) * self.tokens)
+        effect = among / (p * (1 - p)).clamp(min=1e-300)
+        return torch.where((p > 0) & (p < 1), effect, 1.0).clamp(min=1).float()
+
+
 class _Run:
-    model: PreTrainedModel
-    recorder: RoutingRecorder
-    batch_size: int
-    pad_token_id: int
-    progress: bool
+    """One model over both data sets."""
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, pad_token_id: int, progress: bool) -> None:
+        self.model = model
+        self.recorder = RoutingRecorder(model, store_routes=True)
+        self.batch_size = batch_size
+        self.pad_token_id = pad_token_id
+        self.progress = progress
+        self.num_experts = max(layer.num_experts for layer in self.recorder.layers)
+        self.top_k = 0
 
     def offsets(self, name: str, dataset: datasets.Dataset) -> npt.NDArray[np.int64]:
         """[D + 1]: where each document's loss-bearing tokens begin."""
@@ -212,15 +289,30 @@ class _Run:
             raise UserError(f"{name}: no token bears loss: every label is {IGNORE_INDEX} or has no token before it")
         return offsets
 
+    def room_for_routes(self, tokens: int, path: Path | None) -> npt.NDArray[Any]:
+        """[N, L, k]; the largest number of the dtype is a slot without a routed expert."""
+        shape = (tokens, len(self.recorder.layers), self.top_k)
+        dtype = np.uint8 if self.num_experts <= 255 else np.uint16
+        if path is None:
+            return np.empty(shape, dtype)
+        try:
+            room: npt.NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            # Now, and not as a signal when a page is written to a full disk.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
+        return room
+
     @torch.no_grad()
     def count(
         self,
         name: str,
         dataset: datasets.Dataset,
         offsets: npt.NDArray[np.int64],
-        routes: list[npt.NDArray[np.uint16]] | None,
-    ) -> torch.Tensor:
-        """[L, E] counts; appends the routes [N, L, k] in the order of the data set to `routes`."""
+        stored: npt.NDArray[Any] | None,
+    ) -> _Side:
+        """Counts; writes the routes in the order of the data set to `stored`."""
         device = next(self.model.get_input_embeddings().parameters()).device
         # Only routing is wanted: no cache, and no logits beyond one position.
         accepted = inspect.signature(type(unwrap(self.model)).forward).parameters
@@ -229,8 +321,8 @@ class _Run:
         order = sorted(
             range(len(dataset)), key=lambda document: -lengths[document]
         )  # longest first: it needs most memory
+        side = _Side(int(offsets[-1]))
         self.recorder.reset()
-        stored: npt.NDArray[np.uint16] | None = None
         with (
             self.recorder,
             tqdm(total=sum(lengths), desc=f"profiling {name}", unit=" tokens", disable=not self.progress) as bar,
@@ -242,47 +334,32 @@ class _Run:
                 self.recorder.mask_next(bearing)
                 inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
                 self.model(**inputs, **options)
-                if routes is not None:
-                    if stored is None:
-                        stored = self._allocate(int(offsets[-1]))
-                    self._store(stored, documents, offsets, bearing)
+                chosen = self._chosen(bearing)
+                side.add(chosen, bearing.sum(dim=1).to(chosen.device), self.num_experts)
+                if stored is not None:
+                    _store(stored, chosen.cpu().numpy(), documents, offsets)
                 bar.update(sum(lengths[document] for document in documents))
-        if routes is not None and stored is not None:
-            routes.append(stored)
-        return self.recorder.counts.cpu()
+        side.counts = self.recorder.counts.cpu()
+        return side
 
-    def _routes(self) -> torch.Tensor:
+    def _chosen(self, bearing: torch.Tensor) -> torch.Tensor:
+        """[n, L, k] int64: the experts of the loss-bearing tokens of the last forward, -1 for none."""
         routes = self.recorder.routes
         assert routes is not None  # the recorder has checked that every layer reported
-        return routes
-
-    def _allocate(self, num_tokens: int) -> npt.NDArray[np.uint16]:
-        return np.empty((num_tokens, *self._routes().shape[2:]), dtype=np.uint16)
-
-    def _store(
-        self,
-        stored: npt.NDArray[np.uint16],
-        documents: list[int],
-        offsets: npt.NDArray[np.int64],
-        bearing: torch.Tensor,
-    ) -> None:
-        routes = self._routes()
+        self.top_k = routes.shape[3]
         limits = torch.tensor([layer.num_experts for layer in self.recorder.layers], device=routes.device)[:, None]
-        outside = (routes < 0) | (routes >= limits)
-        chosen = routes.masked_fill(outside, np.iinfo(np.uint16).max)[bearing.to(routes.device)].cpu().numpy()
-        begin = 0
-        for document in documents:
-            low, high = offsets[document], offsets[document + 1]
-            stored[low:high] = chosen[begin : begin + high - low]
-            begin += high - low
+        return routes.masked_fill(routes >= limits, -1)[bearing.to(routes.device)]
 
 
-def _narrow(routes: npt.NDArray[np.uint16], num_experts: int) -> npt.NDArray[Any]:
-    """As uint8 where that can tell all experts and, if there are any, the empty slots apart."""
-    has_empty = bool((routes >= num_experts).any())
-    if num_experts > 256 - has_empty:
-        return routes
-    return routes.astype(np.uint8)  # the uint16 maximum becomes the uint8 maximum
+def _store(
+    stored: npt.NDArray[Any], chosen: npt.NDArray[np.int64], documents: list[int], offsets: npt.NDArray[np.int64]
+) -> None:
+    chosen = chosen.astype(stored.dtype)  # -1 becomes the largest number
+    begin = 0
+    for document in documents:
+        low, high = offsets[document], offsets[document + 1]
+        stored[low:high] = chosen[begin : begin + high - low]
+        begin += high - low
 
 
 @dataclass
@@ -329,8 +406,14 @@ def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
     forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
     retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
     model = load_model(options.model, dtype=options.dtype, device=options.device)
-    stats = profile_routing(model, forget, retain, batch_size=options.batch_size, pad_token_id=tokenizer.pad_token_id)
-    stats.save(options.output)
+    stats = profile_routing(
+        model,
+        forget,
+        retain,
+        batch_size=options.batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        output=options.output,
+    )
     say(
         f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "
         f"layers of {stats.forget_counts.shape[1]} experts, {stats.top_k} a token; written to {options.output}"

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from trace_unlearn.errors import UserError
-from trace_unlearn.profile import ProfileOptions, RoutingStatistics, _narrow, main, profile_routing
+from trace_unlearn.profile import ProfileOptions, RoutingStatistics, main, profile_routing
 from trace_unlearn.routing import RoutingRecorder
 
 VOCAB = 80
@@ -120,20 +120,46 @@ def test_mistakes_are_refused():
         run(tiny.model("llama", VOCAB), some, documents(5, 2))
 
 
-@pytest.mark.parametrize(
-    ("num_experts", "empty", "expected"),
-    [(8, True, "uint8"), (256, False, "uint8"), (256, True, "uint16"), (300, False, "uint16")],
-)
-def test_narrow_keeps_what_it_must(num_experts, empty, expected):
-    import numpy as np
+@pytest.mark.parametrize(("num_experts", "expected"), [(255, "uint8"), (256, "uint16")])
+def test_routes_on_disk_are_those_in_memory(tmp_path, num_experts, expected):
+    model = tiny.model("qwen3_moe", VOCAB, num_experts=num_experts)
+    forget, retain = documents(5, 1), documents(9, 2)
+    stats, again = run(model, forget, retain), run(model, forget, retain, output=tmp_path / "profile")
+    assert str(stats.retain_routes.dtype) == f"torch.{expected}"
+    assert torch.equal(stats.retain_routes, again.retain_routes)
+    assert torch.equal(stats.retain_design_effect, again.retain_design_effect)
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
+        "routes.npy",
+        "routing.json",
+        "routing.safetensors",
+    ]
+    with pytest.raises(UserError, match="exists"):
+        run(model, forget, retain, output=tmp_path / "profile")
+    (tmp_path / "profile" / "routes.npy").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"routes\.npy: not readable"):
+        RoutingStatistics.load(tmp_path / "profile")
 
-    routes = np.array([[[0, num_experts - 1]]], dtype=np.uint16)
-    if empty:
-        routes[0, 0, 0] = 65535
-    narrowed = _narrow(routes, num_experts)
-    assert narrowed.dtype == expected
-    assert narrowed[0, 0, 1] == num_experts - 1
-    assert (narrowed[0, 0, 0] >= num_experts) == empty
+
+def test_design_effect_against_the_textbook():
+    """Cluster sampling: the variance between document totals, a loop over the documents."""
+    model = tiny.model("mixtral", VOCAB)
+    forget, retain = documents(5, 1), documents(9, 2)
+    stats = run(model, forget, retain, batch_size=4)
+    for name, dataset in (("forget", forget), ("retain", retain)):
+        routes = [r for r in one_by_one(model, dataset) if len(r)]
+        N, D = sum(map(len, routes)), len(routes)
+        effect = torch.ones(2, 8, dtype=torch.float64)
+        for layer in range(2):
+            for e in range(8):
+                y = [int((r[:, layer] == e).sum()) for r in routes]
+                p = sum(y) / N
+                if 0 < p < 1:
+                    between = sum((a - p * len(r)) ** 2 for a, r in zip(y, routes, strict=True)) * D / (D - 1) / N**2
+                    effect[layer, e] = max(1.0, between / (p * (1 - p) / N))
+        torch.testing.assert_close(getattr(stats, f"{name}_design_effect"), effect.float())
+        assert effect.max() > 1.3
+    single = run(model, documents(1, 3), retain)
+    assert torch.isinf(single.forget_design_effect).all()
 
 
 def test_the_verb(tmp_path, checkpoint):

@@ -1,0 +1,230 @@
+"""Calibration at scale, and beside torch and general solvers: one table.
+
+    python -m benchmarks.calibration [--tokens 10000000] [--folder DIR] [--min-ess 0.5] [--rule balance] [--json FILE]
+
+Synthetic routes of 48 layers, top-8 of 128 experts, 4 selected a layer: experts of very unequal use, documents of one
+topic each, layers that depend on each other through the topic and through the token. They are written to a file in
+DIR (384 bytes a token) and mapped from there, as `calibrate` maps what `profile` wrote. Memory is what the process
+holds beyond the file's own pages (RssAnon), sampled every 20 ms. Ratios are medians over rounds in which both took
+turns on the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import trace_kernels as tk
+from benchmarks.machine import describe
+from benchmarks.timing import interleave, median_ratio
+from trace_unlearn.balance import balance
+from trace_unlearn.calibrate import calibrate
+from trace_unlearn.patterns import Patterns
+from trace_unlearn.profile import RoutingStatistics
+from trace_unlearn.selection import select_experts
+
+L, E, K = 48, 128, 8
+TOPICS, BANK, DOCUMENT, LINKED = 32, 512, 256, 3
+FORGOTTEN = 2  # topics that the forget data is about
+BLOCK = 200_000
+
+Row = tuple[str, str, str]  # what, figure, goal
+
+
+class Routes:
+    """Draws routes: a bank of top-8 sets for every topic and layer; runs of layers share a token's place in it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        base = rng.normal(size=(L, E)).astype(np.float32)
+        # What a token of this place in the bank likes, whatever the layer's run: correlation across layers.
+        self.bank = np.empty((L, TOPICS, BANK), dtype=np.uint64)
+        for layer in range(L):
+            topic = rng.normal(size=(TOPICS, 1, E)).astype(np.float32)
+            logits = base[layer] + 0.5 * topic + rng.gumbel(size=(TOPICS, BANK, E)).astype(np.float32)
+            best = np.argpartition(-logits, K, axis=2)[:, :, :K].astype(np.uint8)
+            self.bank[layer] = np.ascontiguousarray(best).view(np.uint64)[:, :, 0]
+        self.rng = rng
+
+    def draw(self, tokens: int, forget: bool) -> np.ndarray:
+        """[tokens, L, K] uint8."""
+        documents = -(-tokens // DOCUMENT)
+        share = 0.5 if forget else 0.2
+        topic = np.where(
+            self.rng.random(documents) < share,
+            self.rng.integers(0, FORGOTTEN, documents),
+            self.rng.integers(FORGOTTEN, TOPICS, documents),
+        )
+        topic = np.repeat(topic, DOCUMENT)[:tokens]
+        out = np.empty((tokens, L), dtype=np.uint64)
+        for first in range(0, L, LINKED):
+            place = self.rng.integers(0, BANK, tokens)
+            for layer in range(first, first + LINKED):
+                out[:, layer] = self.bank[layer, topic, place]
+        return out.view(np.uint8).reshape(tokens, L, K)
+
+
+def statistics(folder: Path, tokens: int) -> RoutingStatistics:
+    """Statistics whose retain routes lie in a file of `folder`, made there unless it is there."""
+    source = Routes()
+    forget = torch.from_numpy(source.draw(BLOCK, forget=True))
+    path = folder / f"routes-{tokens}.npy"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        routes = np.lib.format.open_memmap(partial, "w+", np.uint8, (tokens, L, K))
+        for begin in tqdm(range(0, tokens, BLOCK), desc="drawing routes", unit_scale=BLOCK, unit=" tokens"):
+            routes[begin : begin + BLOCK] = source.draw(min(BLOCK, tokens - begin), forget=False)
+        routes.flush()
+        del routes
+        partial.rename(path)
+    retain = torch.from_numpy(np.load(path, mmap_mode="c"))
+    nothing = torch.zeros(0, 2, dtype=torch.int64)
+    forget_counts, retain_counts = (tk.route_hits(routes, nothing, E)[0] for routes in (forget, retain))
+    offsets = torch.arange(0, tokens + DOCUMENT, DOCUMENT).clamp(max=tokens)
+    return RoutingStatistics(forget_counts, retain_counts, BLOCK, tokens, K, retain, offsets)
+
+
+class Memory:
+    """The most that the process held within the block beyond what it held before, file pages apart, in bytes."""
+
+    def __enter__(self) -> Memory:
+        self.before = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.most = self.peak - self.before
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")) * 1024
+
+
+def by_torch(routes: torch.Tensor, selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts and hits (unpacked) as one writes them in torch: bincount and comparison per layer."""
+    counts = torch.empty(L, E, dtype=torch.int64)
+    hits = torch.empty(len(selected), len(routes), dtype=torch.bool)
+    pairs = selected.tolist()
+    bit = 0
+    for layer in range(L):
+        experts = routes[:, layer].contiguous()
+        counts[layer] = torch.bincount(experts.flatten(), minlength=E)
+        while bit < len(pairs) and pairs[bit][0] == layer:
+            hits[bit] = (experts == pairs[bit][1]).any(dim=1)
+            bit += 1
+    return counts, hits
+
+
+def one_pass(stats: RoutingStatistics, selected: torch.Tensor) -> list[Row]:
+    """Statistics and bits of all tokens, and the ratio to torch on a part of them."""
+    with Memory() as memory:
+        begin = time.perf_counter()
+        counts, _ = tk.route_hits(stats.retain_routes, selected, E)
+        seconds = time.perf_counter() - begin
+    assert torch.equal(counts, stats.retain_counts)
+    part = stats.retain_routes[: min(500_000, len(stats.retain_routes))]
+    theirs, unpacked = by_torch(part, selected)
+    ours, packed = tk.route_hits(part, selected, E)
+    assert torch.equal(ours, theirs)
+    bits = np.unpackbits(packed.numpy(), axis=1, count=len(selected))
+    assert np.array_equal(bits, unpacked.numpy().T)
+    candidates = {"ours": lambda: tk.route_hits(part, selected, E), "torch": lambda: by_torch(part, selected)}
+    timings = interleave(candidates, torch.device("cpu"), seconds=4.0, least_rounds=3)
+    ratio = median_ratio(timings["ours"], timings["torch"])
+    share = len(part) / len(stats.retain_routes)
+    return [
+        ("statistics and bits, all tokens", f"{seconds:.1f} s", "<= 60 s for 10 M"),
+        ("  beside torch (bincount, comparison)", f"{ratio:.1f} x faster", ">= 5 x"),
+        ("  torch, scaled to all tokens", f"{timings['torch'].median / 1e3 / share:.0f} s", ""),
+        ("  memory", f"{memory.most / 2**20:.0f} MiB", ""),
+    ]
+
+
+def solve(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: float) -> list[Row]:
+    """The parts of `calibrate`, and all of it."""
+    _, hits = tk.route_hits(stats.retain_routes, selected, E)
+    begin = time.perf_counter()
+    patterns = Patterns.of(hits, len(selected))
+    sorting = time.perf_counter() - begin
+    target = stats.forget_frequency[selected[:, 0], selected[:, 1]]
+    begin = time.perf_counter()
+    found = balance(patterns, target, ridge=1e-6, min_ess=min_ess, cap=20.0, rule=rule)
+    solving = time.perf_counter() - begin
+    distinct, set_bits = len(patterns.rows), float(patterns.scores(torch.ones(len(selected)).double()).mean())
+    del hits, patterns
+    with Memory() as memory:
+        begin = time.perf_counter()
+        calibration = calibrate(stats, selected, rule=rule, min_ess=min_ess)
+        seconds = time.perf_counter() - begin
+    again = (calibration.r - calibration.f).abs()
+    return [
+        ("constraints", f"{len(selected)}", ""),
+        ("distinct rows of hits", f"{distinct} ({set_bits:.1f} bits set a row)", ""),
+        ("sorting the hits", f"{sorting:.1f} s", ""),
+        (f"solve, rule {rule}, ESS >= {min_ess}", f"{solving:.1f} s", "<= 90 s for 10 M"),
+        ("  ridge that the bound leads to", f"{found.ridge:.3g}", ""),
+        ("calibrate, all of it", f"{seconds:.1f} s", ""),
+        ("  memory", f"{memory.most / 2**20:.0f} MiB", "<= 2048 MiB for 10 M"),
+        ("  mean error, uniform -> weighted", f"{again.mean():.4f} -> {calibration.mean_error:.5f}", ""),
+        ("  largest error", f"{again.max():.4f} -> {calibration.max_error:.5f}", "<= 1e-3 if ESS allows"),
+        ("  ESS, largest weight", f"{calibration.ess:.4f}, {calibration.largest_weight:.2f}", ""),
+    ]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.calibration",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--folder", type=Path, help="where the routes are kept; a temporary folder by default")
+    parser.add_argument("--experts-per-layer", type=int, default=4)
+    parser.add_argument("--rule", default="balance", choices=["balance", "additive"])
+    parser.add_argument("--min-ess", type=float, default=0.5)
+    parser.add_argument("--only", default="pass,solve", help="parts, separated by commas: pass, solve")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    parts = options.only.split(",")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        stats = statistics(folder, options.tokens)
+        selected = select_experts(stats, experts_per_layer=options.experts_per_layer)
+        rows: list[Row] = []
+        if "pass" in parts:
+            rows += one_pass(stats, selected)
+        if "solve" in parts:
+            rows += solve(stats, selected, options.rule, options.min_ess)
+    machine: dict[str, Any] = describe(torch.device("cpu"))
+    print(f"{options.tokens} tokens, {L} layers, top-{K} of {E} experts; " + ", ".join(map(str, machine.values())))
+    for what, figure, goal in rows:
+        print(f"{what:40s} {figure:28s} {goal}")
+    if options.json:
+        options.json.write_text(json.dumps({**machine, "tokens": options.tokens, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
