@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trace_unlearn import files
-from trace_unlearn.attacks.standing import conditions
 from trace_unlearn.page import flatten, scalars, show
 from trace_unlearn.records import HUB_NAME, SUFFIXES
-from trace_unlearn.robustness import is_main, score_title
+from trace_unlearn.scores import conditions, is_main, score_title
 
 FORGETTING = {
     "grad_diff": "minus the mean negative log-likelihood of the forget tokens (gradient difference)",

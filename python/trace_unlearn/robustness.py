@@ -8,19 +8,9 @@ from typing import Any
 import numpy as np
 
 from trace_unlearn import plots
-from trace_unlearn.attacks.standing import conditions
 from trace_unlearn.page import Page, flatten, scalars, short_names
+from trace_unlearn.scores import SCORES, conditions, is_main, score_title
 
-# What a reader compares first, and which way is better.
-SCORES = {
-    "muse.verbmem": "MUSE VerbMem, 0 to 100 (low: forgotten)",
-    "muse.knowmem_forget": "MUSE KnowMem on forget, 0 to 100 (low: forgotten)",
-    "muse.privleak": "MUSE PrivLeak, from -100 (near 0: as if never seen)",
-    "muse.knowmem_retain": "MUSE utility, KnowMem on retain, 0 to 100 (high: kept)",
-    "tofu.forget_quality": "TOFU forget quality, p-value (high: as if never seen)",
-    "tofu.forget.truth_ratio": "TOFU truth ratio on forget, 0 to 1 (high: forgotten)",
-    "tofu.model_utility": "TOFU model utility, 0 to 1 (high: kept)",
-}
 MEASURES = {
     "forget": {
         "exact_memorization": "recited",
@@ -117,18 +107,6 @@ def describe_attacks(
         names = list(dict.fromkeys(name for values in scores.values() for name in values))
         rows = [[score_title(name), *(values.get(name) for values in scores.values())] for name in names]
         page.table("Benchmarks under attack", ["score", *scores], rows, folded=True)
-
-
-def is_main(name: str) -> bool:
-    """Whether a score is one that a reader compares first."""
-    return name in SCORES or (name.startswith("lm_eval.") and ".parts." not in name)
-
-
-def score_title(name: str) -> str:
-    """What a score is called in a table."""
-    if name.startswith("lm_eval.") and name.endswith(".acc"):
-        return f"{name.removeprefix('lm_eval.').removesuffix('.acc')}, accuracy by lm-eval"
-    return SCORES.get(name, name)
 
 
 def _with_suites(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

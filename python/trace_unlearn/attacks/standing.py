@@ -14,6 +14,7 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import evaluating
 from trace_unlearn.likelihood import log_likelihood
 from trace_unlearn.page import table_of
+from trace_unlearn.scores import conditions
 
 
 def standing(
@@ -55,20 +56,6 @@ def standing(
             if all(data["answer"]):
                 found[name]["fact_accuracy"] = seen.recited
     return found
-
-
-def conditions(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The measures of one model under each attack, by what was done, flat: relearn by its last step."""
-    rows: dict[str, Mapping[str, Any]] = {"not attacked": found["unattacked"]}
-    if "relearn" in found:
-        last = found["relearn"]["curve"][-1]
-        rows[f"relearned, {last['step']} steps"] = last
-    for task, result in found.items():
-        if task.startswith("quantize_"):
-            rows[f"{task.removeprefix('quantize_')} bits"] = result
-    for way, result in found.get("reroute", {}).items():
-        rows[f"without {way} experts"] = result
-    return rows
 
 
 def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
