@@ -21,10 +21,11 @@ from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import loss_bearing
 from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import check_masks
-from trace_unlearn.files import PathLike, staged_folder, write_json
+from trace_unlearn.files import PathLike, staged_folder, write_json, write_text
 from trace_unlearn.forward import Forward, ReferenceRows, Seen
 from trace_unlearn.live import LiveWeights
 from trace_unlearn.log_window import LogWindow
+from trace_unlearn.model_card import model_card
 from trace_unlearn.objectives import distance, weighted_mean, weighted_nll
 from trace_unlearn.original import Original
 from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
@@ -284,7 +285,7 @@ class TraceTrainer(Trainer):
             checkpoints.rotate(folder.parent, limit, keep=self.state.best_model_checkpoint)
 
     def save_unlearned(self, output: PathLike, facts: Mapping[str, Any] | None = None) -> None:
-        """Writes the final checkpoint in one step: model, tokenizer and trace.json (config, `facts`, log).
+        """Writes the final checkpoint in one step: model, tokenizer, trace.json (config, `facts`, log) and model card.
 
         Adapters are merged into the model, so nothing can be trained afterwards; from a sharded model (FSDP,
         DeepSpeed) they are written as they are. Call it on all processes.
@@ -306,6 +307,7 @@ class TraceTrainer(Trainer):
                 # Without Trainer's summary at the end: after a resume its mean loss leaves the steps before out.
                 log = [entry for entry in self.state.log_history if "train_runtime" not in entry]
                 write_json(folder / "trace.json", {**record, "log": log})
+                write_text(folder / "README.md", model_card(record))
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -220,6 +220,7 @@ def test_every_family_resumes_and_is_saved_whole(family, tied, tmp_path):
     for name, found in parameters(resumed).items():
         assert torch.equal(found, expected[name]), name
     whole.save_unlearned(tmp_path / "saved")
+    assert "## Method" in (tmp_path / "saved" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
