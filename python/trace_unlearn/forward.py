@@ -59,7 +59,7 @@ class Forward:
             if head.bias is not None:
                 raise UserError(f"retain_loss: the output embedding of {type(unwrap(model)).__name__} has a bias")
             if head.weight.requires_grad:  # the head moves; a frozen one, as under LoRA, is its own reference
-                self._reference_weight = head.weight.detach().clone()
+                self._reference_weight = _whole(head.weight)
 
     def router_options(self) -> dict[str, bool]:
         """Keeps a router's auxiliary loss off: with it, forgetting would also unbalance the experts."""
@@ -173,6 +173,16 @@ class Forward:
         ).loss
 
 
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight that may be partitioned by DeepSpeed already."""
+    if not hasattr(weight, "ds_id"):
+        return weight.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
+
+
 class _Layer:
     """A context in which the model ends after one decoder layer, whose output is kept."""
 
@@ -208,7 +218,7 @@ class _Layer:
 
     def output(self) -> torch.Tensor:
         assert self._output is not None
-        return self._output
+        return self._output.clone()  # FSDP2 warns of a module that returns a view
 
     def __enter__(self) -> _Layer:
         self._owner.layers = self._layers[: self.number + 1]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -14,101 +12,17 @@ import torch
 from torch import nn
 
 import trace_kernels as tk
-from trace_unlearn.adapters import Adapter, Report, adapter_of, argument_names, plain_path
+from trace_unlearn.adapters import Report, argument_names
 from trace_unlearn.data import loss_bearing
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
+from trace_unlearn.layers import MoELayer, moe_layers, unwrap
 from trace_unlearn.routes import RoutesFile
+
+__all__ = ["MoELayer", "RoutingRecorder", "moe_layers", "unwrap"]
 
 # The tokens that layers see: an encoder-decoder model has two sequences, every other one.
 _TOKENS, _ENCODER_TOKENS = 0, 1
-
-
-@dataclass(frozen=True)
-class MoELayer:
-    """One MoE layer of a model.
-
-    Attributes:
-        name: the path of its experts module in the unwrapped model, such as "model.layers.3.mlp.experts".
-        experts_module: the module with the experts' weights.
-        num_experts: E, the routed experts; indices from E on (identity experts) are not counted.
-        layer_index: the number of the decoder layer in `name`.
-        adapter: how its choice of experts is read.
-    """
-
-    name: str
-    experts_module: nn.Module
-    num_experts: int
-    layer_index: int
-    adapter: Adapter
-
-
-def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of `model` in order, found by the classes of its modules.
-
-    Works for every Hugging Face family whose experts module receives the indices that its router chose (Mixtral,
-    Qwen-MoE, OLMoE, DeepSeek, gpt-oss, DBRX and some sixty others) and for those with an adapter (see
-    `trace_unlearn.adapters`). JetMoE routes in its attention too: each block has two layers here.
-    Wrappers (PEFT, DDP, torch.compile) are looked through.
-
-    Raises:
-        UserError: the model is dense, or of a family whose routing cannot be observed; the message says why.
-
-    Example:
-        >>> from transformers import MixtralConfig, MixtralForCausalLM
-        >>> config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
-        ...                        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
-        >>> [(layer.name, layer.num_experts) for layer in moe_layers(MixtralForCausalLM(config))]
-        [('model.layers.0.mlp.experts', 4), ('model.layers.1.mlp.experts', 4)]
-    """
-    model = unwrap(model)
-    layers: list[MoELayer] = []
-    for path, module in model.named_modules():
-        adapter = adapter_of(module)
-        if adapter is None:
-            continue
-        if isinstance(adapter, str):
-            raise UserError(
-                f"model: the routing of {type(model).__name__} cannot be observed: {path or 'the model'} is a "
-                f"{type(module).__name__}, and {adapter}"
-            )
-        name = plain_path(path)
-        numbers = re.findall(r"\.(\d+)(?=\.|$)", path)
-        index = int(numbers[-1]) if numbers else len(layers)
-        layers.append(MoELayer(name, module, _num_experts(path, module, adapter), index, adapter))
-    if not layers:
-        raise UserError(
-            f"model: {type(model).__name__} has no MoE layer (no module of a class named ...Experts); TRACE reads the "
-            "routing of Mixture-of-Experts models, a dense model has none"
-        )
-    return layers
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DDP, FSDP1 and PEFT wrappers: the module whose forward every call reaches.
-
-    PEFT's `generate`, for one, goes around the wrapper's own forward.
-    """
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif type(inner).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
-            inner = inner.module
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        else:
-            assert isinstance(inner, nn.Module)
-            return inner
-
-
-def _num_experts(path: str, module: nn.Module, adapter: Adapter) -> int:
-    if (stated := adapter.num_experts(module)) is not None:
-        return stated
-    stacked = [parameter.shape[0] for parameter in module.parameters() if parameter.dim() == 3]
-    if not stacked:
-        raise UserError(f"model: cannot tell how many experts {path} ({type(module).__name__}) has")
-    return min(stacked)
 
 
 class _DeviceState:
@@ -137,10 +51,11 @@ class RoutingRecorder:
         \text{score}_t = \sum_l \sum_j \text{table}[l, \text{index}_{l,t,j}]
 
     A token counts where the attention mask is 1, and, when labels are given, only where it bears loss (see
-    `loss_bearing`). Scores are given for all tokens. What gradient checkpointing repeats in the backward is not
-    counted again. Under data parallelism the counts are those of this process. In an encoder-decoder model the layers
-    of the encoder count its tokens (attention_mask), the others the decoder's (decoder_attention_mask, and labels,
-    which are not shifted there); token scores, routes and `generate` are for decoders alone.
+    `loss_bearing`). Scores are given for all tokens. What gradient checkpointing repeats in the backward is not counted
+    again. Under data parallelism the counts are those of this process; `reduced_counts` adds them up. In an
+    encoder-decoder model the layers of the encoder count its tokens (attention_mask), the others the decoder's
+    (decoder_attention_mask, and labels, which are not shifted there); token scores, routes and `generate` are for
+    decoders alone.
 
     Args:
         model: a causal language model with MoE layers, wrapped or not. Forwards of its submodules alone are refused.
@@ -213,6 +128,20 @@ class RoutingRecorder:
         for state in others:
             total += state.counts.to(total.device)
         return total
+
+    def reduced_counts(self, group: torch.distributed.ProcessGroup | None = None) -> torch.Tensor:
+        """[L, E] int64: `counts` summed over the processes of `group`; all of them must call it.
+
+        The group holds processes that saw different tokens, each token once: the data-parallel ones (all of them under
+        DDP, FSDP and ZeRO, and that is the default). Leave out those that saw the same tokens (tensor parallelism).
+        Without torch.distributed it is `counts`.
+        """
+        counts = self.counts
+        if torch.distributed.is_initialized():
+            if torch.distributed.get_backend(group) == "nccl" and counts.device.type == "cpu":  # offloaded experts
+                counts = counts.cuda()
+            torch.distributed.all_reduce(counts, group=group)
+        return counts
 
     @property
     def token_scores(self) -> torch.Tensor | None:

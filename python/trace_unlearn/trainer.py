@@ -293,7 +293,9 @@ class TraceTrainer(Trainer):
         state = None
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            gathered = self.accelerator.get_state_dict(self.model_wrapped)
+            state = {name: value for name, value in (gathered or {}).items() if name not in tied}
         if self.args.should_save:
             model: Any = self.accelerator.unwrap_model(self.model)
             if hasattr(model, "merge_and_unload") and not sharded:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from train_runs import make_files
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,6 +24,12 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
         return made[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory, checkpoint) -> dict[str, str]:
+    """The options of `train` that name a checkpoint, both data files and a calibration for them."""
+    return make_files(tmp_path_factory.mktemp("train"), checkpoint("qwen3_moe"))
 
 
 @pytest.fixture(params=tiny.FAMILIES)

@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -8,73 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from safetensors.torch import load_file
+from train_runs import losses, options, record, weights, write_facts
 
-from trace_unlearn.calibrate import calibrate
-from trace_unlearn.data import load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import top_experts
 from trace_unlearn.model import load_model, load_tokenizer
-from trace_unlearn.profile import RoutingStatistics, profile_routing
-from trace_unlearn.train import TrainOptions, main
+from trace_unlearn.profile import RoutingStatistics
+from trace_unlearn.train import main
 from trace_unlearn.weights import Calibration
-
-
-def write_facts(path, count, seed):
-    draw = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        words = " ".join(draw.choice(tiny.WORDS) for _ in range(draw.randint(4, 9)))
-        lines.append(json.dumps({"question": f"what is {words} ?", "answer": f"the {draw.choice(tiny.WORDS)} ."}))
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, checkpoint):
-    """A checkpoint, both data files and a calibration for them."""
-    folder = tmp_path_factory.mktemp("train")
-    options = {
-        "model": str(checkpoint("qwen3_moe")),
-        "forget": write_facts(folder / "forget.jsonl", 12, 1),
-        "retain": write_facts(folder / "retain.jsonl", 30, 2),
-    }
-    tokenizer, model = load_tokenizer(options["model"]), load_model(options["model"], device="cpu")
-    data = [load_tokens(options[name], tokenizer, progress=False) for name in ("forget", "retain")]
-    stats = profile_routing(model, *data, pad_token_id=tokenizer.pad_token_id, progress=False)
-    for rule in ("balance", "ratio"):
-        calibrate(stats, experts_per_layer=2, rule=rule).save(folder / rule)
-    stats.save(folder / "profile")
-    return {**options, "calibration": str(folder / "balance")}
-
-
-def options(files, output, **changes):
-    given = {
-        **files,
-        "output": str(output),
-        "steps": 4,
-        "learning_rate": 1e-3,
-        "log_steps": 1,
-        "device": "cpu",
-        "retain_per_forget": 2,
-        "training": {"disable_tqdm": True},
-        **changes,
-    }
-    return TrainOptions(**given)
-
-
-def record(output):
-    return json.loads((Path(output) / "trace.json").read_text())
-
-
-def losses(output):
-    return [entry["loss"] for entry in record(output)["log"] if "loss" in entry]
-
-
-def weights(output):
-    return load_file(Path(output) / "model.safetensors")
 
 
 def assert_same_checkpoint(first, second):
@@ -201,7 +142,7 @@ def test_dpo_prefers_the_alternates(files, tmp_path):
 
 PROGRAM = """
 import json, sys
-from trace_unlearn.train import TrainOptions, main
+from trace_unlearn.train import main
 from trace_unlearn.weights import Calibration
 
 main(TrainOptions(**json.loads(sys.argv[1])))
@@ -242,39 +183,6 @@ def test_a_killed_run_goes_on(changes, files, tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
     assert not work.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"objective": "grad_diff"},
-        {"objective": "npo", "retain_loss": "kl"},
-        {"objective": "rmu"},
-        {"objective": "simnpo", "experts": ["0.1", "1.2"], "anchor": 1.0},
-    ],
-    ids=lambda method: "+".join(map(str, method.values())),
-)
-def test_two_processes_are_the_same_run(method, files, tmp_path):
-    changes = {**method, "training": {"optim": "sgd", "disable_tqdm": True}, "learning_rate": 0.05}
-    one = options(files, tmp_path / "one", batch_size=4, **changes)
-    two = options(files, tmp_path / "two", batch_size=1, accumulation=2, **changes)
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    assert start(one).wait() == 0
-    launched = start(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
-    printed, _ = launched.communicate()
-    assert launched.returncode == 0, printed
-    logs = []
-    for folder in ("one", "two"):
-        entries = [entry for entry in record(tmp_path / folder)["log"] if "loss" in entry]
-        names = sorted(name for name in entries[0] if name.endswith(("loss", "nll")) or name.startswith("weight_"))
-        assert len(names) >= 6
-        logs.append(torch.tensor([[entry[name] for name in names] for entry in entries]))
-    torch.testing.assert_close(*logs, rtol=2e-5, atol=2e-6)
-    expected = weights(tmp_path / "one")
-    for name, found in weights(tmp_path / "two").items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=2e-6)
 
 
 def test_a_run_that_lacks_only_its_result(files, tmp_path, monkeypatch):

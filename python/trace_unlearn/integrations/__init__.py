@@ -333,11 +333,16 @@ def _pending_head(cls: type) -> type:
     def forward(self: Any, hidden: torch.Tensor, compute: Callable[..., torch.Tensor] | None = None) -> Any:
         if compute is not None:
             return compute(hidden, self.weight, self.bias)
-        if getattr(self, _STATE).deferring:
-            return PendingLogits(self, hidden)
         return cls.forward(self, hidden)  # type: ignore[attr-defined]
 
-    return _subclass(cls, forward=forward)
+    def call(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The model's own call runs no hooks: FSDP2 shards the last norm and the head as one unit, which two calls of
+        # the head would end before its time, and its weights would be freed before their backward.
+        if getattr(self, _STATE).deferring and not args and not kwargs:
+            return PendingLogits(self, hidden)
+        return cls.__call__(self, hidden, *args, **kwargs)
+
+    return _subclass(cls, forward=forward, __call__=call)
 
 
 def _pending_model(cls: type[PreTrainedModel]) -> type:
