@@ -78,7 +78,10 @@ def describe_attacks(
         plots.dots(labels, known, x_label="share of the forget tokens that the model would recite", marks=marks),
         alt="Dot plot of the share of forget tokens recited: "
         + "; ".join(
-            f"{model}: " + ", ".join(f"{label} {value:.3f}" for label, value in zip(labels, values, strict=True))
+            f"{model}: "
+            + ", ".join(
+                f"{label} {value:.3f}" for label, value in zip(labels, values, strict=True) if not np.isnan(value)
+            )
             for model, values in known.items()
         ),
         caption="Tokens of the forget set that are the most likely ones after those before them, under each attack. "

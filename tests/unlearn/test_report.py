@@ -97,6 +97,50 @@ def test_report_verb_writes_one_self_contained_page(run_folder, capsys):
         assert (run_folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def known(share, nll=1.0, **more):
+    return {"nll": nll, "exact_memorization": share, "extraction_strength": share / 2, **more}
+
+
+def test_attacks_and_benchmarks_are_shown_beside_the_scores(run_folder):
+    curve = [
+        {"step": step, "shown": known(share), "forget": known(share / 2), "retain": known(0.75)}
+        for step, share in ((0, 0.125), (10, 0.5), (20, 1.0))
+    ]
+    both = {"forget": known(0.125, fact_accuracy=0.25), "retain": known(0.75)}
+    suites = {"muse": {"verbmem": 33.25, "min_k": {"forget": [1.0, 2.0]}}, "lm_eval": {"wmdp_bio": {"acc": 0.375}}}
+    attacked = {
+        "runs/a/model": {
+            "unattacked": both,
+            "relearn": {"curve": curve, "rows": {"shown": 4, "forget": 9}, "suites": suites},
+            "quantize_4": {"forget": known(0.0625), "retain": known(0.5)},
+        },
+        "runs/b/model": {"unattacked": both, "quantize_4": {"forget": known(0.125), "retain": known(0.5)}},
+    }
+    files.write_json(run_folder / "attacks.json", {"models": attacked, "choices": {"options": {"bits": [4]}}})
+    metrics = files.read_json(run_folder / "metrics.json")
+    metrics["checkpoints"]["before"]["forget"]["exact_memorization"] = 0.96875
+    metrics["suites"] = {"before": suites}
+    files.write_json(run_folder / "metrics.json", metrics)
+    html = report.report_run(run_folder).render()
+    page = Reader(html)
+    assert len(page.pictures) == 6
+    dots = next(picture for picture in page.pictures if picture["alt"].startswith("Dot plot"))
+    assert "a/model: not attacked 0.125, relearned, 20 steps 0.500, 4 bits 0.062; b/model: not" in dots["alt"]
+    assert "nan" not in dots["alt"]
+    assert "a/model: most comes back by &quot;relearned, 20 steps&quot;: it recites 50.0% of the forget tokens" in html
+    assert "b/model: no attack brought anything back; it recites 12.5%" in html
+    assert "of the rows never shown 0.062 before and 0.500 after 20 steps" in html
+    for text in ("MUSE VerbMem", "33.250", "wmdp_bio, accuracy by lm-eval", "0.375", "Benchmarks under attack"):
+        assert text in html, text
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "attacks.json"])
+def test_a_file_of_something_else_is_refused(run_folder, name, capsys):
+    (run_folder / name).write_text('{"a": 1}')
+    assert cli.main(["report", str(run_folder)]) == 2
+    assert f"{name}: not measures that" in capsys.readouterr().err
+
+
 def test_report_can_go_elsewhere_and_twice(run_folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("report")
     for _ in range(2):

@@ -175,7 +175,23 @@ def test_multiple_choice_through_lm_eval(tmp_path):
     pytest.importorskip("lm_eval")
     tokenizer = tiny.tokenizer([*tiny.WORDS, *"ABCD", "A.", "B.", "C.", "D."])
     model = tiny.model("qwen3_moe", len(tokenizer), seed=3)
-    suite = open_suites({"lm_eval": {"questions": {"own": questions(tmp_path / "own.jsonl")}}})["lm_eval"]
+    given = questions(tmp_path / "own.jsonl")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "two.yaml").write_text(
+        f"""
+task: from_yaml
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {given}}}, cache_dir: {tmp_path / "cache"}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}\\n{{% for c in choices %}}{{{{'ABCD'[loop.index0]}}}}. {{{{c}}}}\\n{{% endfor %}}Answer:"
+doc_to_choice: "{{{{['A', 'B', 'C', 'D'][:choices|length]}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    options = {"questions": {"own": given}, "tasks": ["from_yaml"], "include": str(tmp_path / "tasks")}
+    suite = open_suites({"lm_eval": options})["lm_eval"]
     suite.read(tokenizer)
     found = measure_suites({"lm_eval": suite}, model, tokenizer, batch_size=4, progress=False)
     hits = 0
@@ -184,7 +200,8 @@ def test_multiple_choice_through_lm_eval(tmp_path):
         letters = tokenizer.convert_tokens_to_ids(document["letters"])
         hits += int(logits[letters].argmax()) == document["answer"]
     assert 0 < hits < 24
-    assert found == {"lm_eval": {"own": {"acc": pytest.approx(hits / 24)}}}
+    accuracy = {"acc": pytest.approx(hits / 24)}
+    assert found == {"lm_eval": {"own": accuracy, "from_yaml": accuracy}}
     assert suite.documents["own"][1]["asked"] == "what is w1 ?\nA. w1\nB. w2\nC. w3\nAnswer:"
 
 
