@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // dz = d kl / d (W h) of a block from both logsumexps; `factor` becomes the row's weight, 0 if dropped.
+// A row of dz may begin where that of the policy's logits does: its elements are no larger than theirs.
 template <typename T, bool SOFTCAP>
 __global__ void __launch_bounds__(kRowThreads)
     gradient_kernel(Pair p, T* dz, int64_t stride_dz, const float* lse, const float* ref_lse, float* factor) {
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(kRowThreads)
   if (thread == 0) factor[row] = weight;
   if (weight == 0.0f) return zero_row(dz, p.width);
   const float normalizer = lse[row], ref_normalizer = ref_lse[row];
-  for (int column = thread * kStep; column < p.width; column += kTile) {
+  for (int start = 0; start < p.width; start += kTile) {
+    const int column = start + thread * kStep;
     const Step step = load_pair<SOFTCAP>(p, row, column);
     float values[kStep];
 #pragma unroll
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(kRowThreads)
       const float dx = __expf(step.x[i] - normalizer) - __expf(step.y[i] - ref_normalizer);
       values[i] = dx * step.slope[i] * p.map.scale;
     }
+    __syncthreads();  // all have read the tile, which dz may overwrite
     store_step(dz, column, p.width, values);
   }
 }

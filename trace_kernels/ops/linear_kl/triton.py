@@ -114,7 +114,10 @@ def gradient_kernel(
     first, width, stride, stride_dz, softcap, logit_scale,
     HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """``dz = d kl / d (W h)`` of a block from both logsumexps; `factor` becomes the row's weight, 0 if dropped."""
+    """``dz = d kl / d (W h)`` of a block from both logsumexps; `factor` becomes the row's weight, 0 if dropped.
+
+    A row of dz may begin where that of the policy's logits does: its elements are no larger than theirs.
+    """
     row = tl.program_id(0).to(tl.int64)
     weight = tl.full([], 1.0, tl.float32)
     if HAS_WEIGHT:
@@ -131,6 +134,7 @@ def gradient_kernel(
             inside = start + columns < width
             x, y, derivative = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
             dx = tl.exp(x - normalizer) - tl.exp(y - ref_normalizer)
+            tl.debug_barrier()  # all have read the tile, which dz may overwrite
             store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
     else:
         zero_row(dz, width, columns, LANES * VEC)
