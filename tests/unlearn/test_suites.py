@@ -12,6 +12,7 @@ from trace_unlearn import cli, files
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import measure_suites
 from trace_unlearn.metrics import auc, harmonic_mean, ks_p_value
+from trace_unlearn.predictions import RowScores
 from trace_unlearn.suites import muse, open_suites, tofu
 
 WORDS = tiny.tokenizer()
@@ -98,6 +99,18 @@ def test_privacy_leakage_from_plain_logits_and_a_reference(muse_data):
     given = open_and_read("muse", data=str(muse_data), retrain_auc=0.5)
     assert given.compare(found, None)["privleak"] == pytest.approx(100 * (found["min_k_auc"] - 0.5) / 0.5)
     assert "privleak" not in suite.compare(found, None)
+
+
+def test_a_forget_set_that_is_remembered_leaks_to_minus_100(muse_data, monkeypatch):
+    def score(model, rows, label, **_):
+        return [RowScores(torch.tensor([-1.0 if "forget" in label else -5.0]), torch.tensor([False])) for _ in rows]
+
+    monkeypatch.setattr(muse, "row_scores", score)
+    monkeypatch.setattr(muse, "continuations", lambda model, tokenizer, prompts, length, **_: [""] * len(prompts))
+    suite = open_and_read("muse", data=str(muse_data), retrain_auc=0.5)
+    found = suite.measure(None, WORDS, progress=False)
+    assert found["min_k_auc"] == 0
+    assert suite.compare(found, None)["privleak"] == -100
 
 
 @pytest.fixture
