@@ -84,7 +84,7 @@ def test_holm_by_hand():
 
 def test_tuning_looks_at_the_other_models_only():
     # By its own value model 2 would take 1; the others say 8.
-    assert tuned({1.0: [0.0, 0.0, 0.9], 8.0: [0.5, 0.5, 0.1]})[2] == 0.1
+    assert tuned({1.0: [0.0, 0.0, 2.0], 8.0: [0.5, 0.5, 0.1]})[2] == 0.1
     assert math.isnan(tuned({1.0: [0.0, math.nan, 1.0], 8.0: [0.0, 0.5, 1.0]})[1])
 
 
