@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trace_unlearn.demo.compare import T_95
+
 COLOURS = {"uniform": "#555555", "TRACE": "#c1440e", "shuffled": "#3a7ca5"}
 PANELS = {"A_accuracy": "adjacent facts (A)", "N_accuracy": "neighbours (N)"}
 
@@ -26,18 +28,21 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _over_retain_weight(axis: Any, results: Mapping[str, Any], measure: str, title: str) -> None:
+    counts: list[int] = []
     for weights, colour in COLOURS.items():
         points = sorted(
             (level["arm"]["retain_weight"], level[measure])
             for level in results["levels"]
             if _plain(level["arm"], weights) and level[measure] is not None
         )
+        counts += [level["compared"] for level in results["levels"] if _plain(level["arm"], weights)]
         if points:
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=weights, markersize=4)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("retain weight")
     axis.set_ylabel("accuracy at equal forgetting")
-    axis.set_title(title, fontsize=9)
+    models = f"{min(counts, default=0)} to {max(counts, default=0)} models" if len(set(counts)) > 1 else ""
+    axis.set_title(f"{title}{': ' * bool(models)}{models}", fontsize=9)
     if axis.lines:
         axis.legend(frameon=False, fontsize=8)
 
@@ -58,11 +63,14 @@ def _forest(axis: Any, comparisons: list[Mapping[str, Any]], measure: str, title
         if n < 2:
             continue
         colour = "#c1440e" if comparison["adjusted"][measure] < 0.05 else "#555555"
-        error = 1.96 * difference["standard_error"]
+        error = T_95[min(n - 1, len(T_95)) - 1] * difference["standard_error"]
         axis.errorbar(difference["mean"], row, xerr=error, fmt="o", color=colour, markersize=4, linewidth=1)
     axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
-    names = [c["arm"].removeprefix("TRACE, ") for c in comparisons]
+    names = [
+        f"{c['arm'].removeprefix('TRACE, ')} (n = {sum(v is not None for v in c['differences'][measure]['values'])})"
+        for c in comparisons
+    ]
     axis.set_yticks(range(len(comparisons)), names if named else [""] * len(names), fontsize=7)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9)
-    axis.set_xlabel("difference ± 1.96 standard errors", fontsize=8)
+    axis.set_xlabel("difference and its 95 % interval (Student's t)", fontsize=8)

@@ -49,7 +49,11 @@ def publish(page: str, tables: str) -> str:
 
 def _head(results: Mapping[str, Any]) -> str:
     machine = results.get("machine", {})
-    said = f" Commit {machine['commit']}, {machine['device']}, torch {machine['torch']}." if machine else ""
+    said = (
+        f" Tables made at commit {machine['commit']} on {machine['device']}, torch {machine['torch']}."
+        if machine
+        else ""
+    )
     return (
         f"{results['models']} models asked for, n finished in each row. Differences are paired over models: mean ± "
         "standard error (p of the exact sign-flip test). Accuracies are shares. **bold**: p < 0.05 after Holm's "

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,12 @@ def test_publishing_replaces_what_is_between_the_marks():
     assert report.publish(page, "new") == f"before\n{report.BEGIN_MARK}\n\nnew\n{report.END_MARK}\nafter\n"
     with pytest.raises(UserError, match="lacks the lines"):
         report.publish("no marks", "new")
+
+
+def test_the_published_page_is_what_its_record_says():
+    page = Path(__file__).parents[2] / "docs" / "method_study.md"
+    record = json.loads(page.with_suffix(".json").read_text())
+    assert report.publish(page.read_text(), report.markdown(record)) == page.read_text()
 
 
 def test_text_splits_by_page():
