@@ -59,8 +59,11 @@ def prepare(checkout: Path) -> Path:
     sys.path.insert(0, str(script.parent))
     os.chdir(checkout)  # its configuration names folders relative to it
     with _stand_ins():
-        register()
-        importlib.import_module("evals")
+        try:
+            register()
+            importlib.import_module("evals")
+        except ModuleNotFoundError as error:
+            raise UserError(f"open-unlearning: its requirement {error.name} is not installed") from error
     if int(transformers.__version__.split(".")[0]) >= 5:
         _speak_of_transformers_5()
     return script
