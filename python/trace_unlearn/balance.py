@@ -79,7 +79,8 @@ class Entropy:
         return weights * (1 + (x - math.log(cap)).clamp(min=0))
 
     def slope(self, x: torch.Tensor, weights: torch.Tensor, cap: float) -> torch.Tensor:
-        return torch.where(x < math.log(cap), weights, 0.0)
+        below = x < math.log(cap)
+        return weights if bool(below.all()) else torch.where(below, weights, 0.0)
 
 
 class ChiSquare:
@@ -209,11 +210,12 @@ def _solve(problem: _Problem, ridge: float, start: torch.Tensor, tolerance: floa
 
     coefficients = start
     value, mu, x, weights = dual(coefficients)
-    gradient = patterns.frequencies(weights) - target + ridge * coefficients
+    frequency = patterns.frequencies(weights)
+    gradient = frequency - target + ridge * coefficients
     for _ in range(500):
         if not len(gradient) or float(gradient.abs().max()) <= tolerance:
             break
-        hessian = _hessian(problem, coefficients, mu, x, weights)
+        hessian = _hessian(problem, coefficients, mu, x, weights, frequency)
         hessian.diagonal().add_(ridge + 1e-14)
         step = -torch.linalg.solve(hessian, gradient)
         slope = float(gradient @ step)
@@ -226,29 +228,35 @@ def _solve(problem: _Problem, ridge: float, start: torch.Tensor, tolerance: floa
             if -slope < 1e-9:  # the value cannot show such progress, the gradient can
                 break
             length /= 2
-        new_gradient = patterns.frequencies(new_weights) - target + ridge * tried
+        new_frequency = patterns.frequencies(new_weights)
+        new_gradient = new_frequency - target + ridge * tried
         if -slope < 1e-9 and float(new_gradient.abs().max()) > 0.5 * float(gradient.abs().max()):
             break
-        coefficients, value, mu, x, weights, gradient = tried, new_value, new_mu, new_x, new_weights, new_gradient
+        coefficients, value, mu, x, weights = tried, new_value, new_mu, new_x, new_weights
+        frequency, gradient = new_frequency, new_gradient
     return Balance(coefficients, ridge, patterns.ess(weights), float(x.abs().max()))
 
 
 def _hessian(
-    problem: _Problem, coefficients: torch.Tensor, mu: float, x: torch.Tensor, weights: torch.Tensor
+    problem: _Problem,
+    coefficients: torch.Tensor,
+    mu: float,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    frequency: torch.Tensor,
 ) -> torch.Tensor:
     """[M, M]. Only weights between their bounds move, and mu moves with them: their covariance is the curvature.
 
     Correlations come from the sample, variances from all patterns: a pair too rare for the sample keeps its own.
     """
-    patterns, sample = problem.patterns, problem.sample
-    moving = problem.distance.slope(x, weights, problem.cap)
-    covariance = _covariance(patterns, moving) if patterns is sample else None
-    if covariance is not None:
-        return covariance
-    variance = _variance(patterns, moving)
+    patterns, sample, distance, cap = problem.patterns, problem.sample, problem.distance, problem.cap
+    moving = distance.slope(x, weights, cap)
+    if patterns is sample:
+        return _covariance(patterns, moving)
+    mean = frequency if moving is weights else patterns.frequencies(moving)
+    variance = (mean - mean**2 / max(patterns.mean(moving), 1e-300)).clamp(min=0)
     sample_x = sample.scores(coefficients) + mu
-    sample_moving = problem.distance.slope(sample_x, problem.distance.weights(sample_x, problem.cap), problem.cap)
-    covariance = _covariance(sample, sample_moving)
+    covariance = _covariance(sample, distance.slope(sample_x, distance.weights(sample_x, cap), cap))
     seen = covariance.diagonal() > 1e-12
     factor = torch.where(seen, (variance / covariance.diagonal().clamp(min=1e-12)).sqrt(), 0.0)
     covariance = covariance * torch.outer(factor, factor)
@@ -260,8 +268,3 @@ def _covariance(patterns: Patterns, moving: torch.Tensor) -> torch.Tensor:
     second = patterns.second_moments(moving)
     mean = second.diagonal()
     return second - torch.outer(mean, mean) / max(patterns.mean(moving), 1e-300)
-
-
-def _variance(patterns: Patterns, moving: torch.Tensor) -> torch.Tensor:
-    mean = patterns.frequencies(moving)
-    return (mean - mean**2 / max(patterns.mean(moving), 1e-300)).clamp(min=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import trace_kernels as tk
 from trace_unlearn import files
 from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.errors import UserError
+from trace_unlearn.feasible import checked_pairs, dependencies, reachable
 from trace_unlearn.patterns import Patterns
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.selection import Selection, effective_tokens, frequencies, select_experts, wilson_interval
@@ -26,8 +26,6 @@ __all__ = ["RULES", "CalibrateOptions", "Calibration", "calibrate", "main", "sel
 RULES = ("balance", "additive", "product", "ratio", "uniform", "shuffled")
 FORMS = {"additive": ("linear", "sum"), "ratio": ("identity", "mean")}  # phi and reduce, where not ("exp", "sum")
 _MARGIN = 1e-6  # kept from the bounds, for the rounding of float32 weights
-
-logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -90,13 +88,14 @@ def calibrate(
         selected = selection.take(stats)
         if len(selected) == 0 and rule != "uniform":
             raise UserError(selection.why_empty(stats))
-    selected = _reachable(_checked_pairs(selected, L, E), f_all, r_all, rule, notes)
+    selected = reachable(checked_pairs(selected, L, E), f_all, r_all, rule, notes)
     f, r, f_tokens, r_tokens = (
         values[selected[:, 0], selected[:, 1]]
         for values in (f_all, r_all, effective_tokens(stats, "forget"), effective_tokens(stats, "retain"))
     )
     _, hits = tk.route_hits(stats.retain_routes, selected, E)
     patterns = Patterns.of(hits, len(selected))
+    notes += dependencies(patterns, selected, f) if rule in DISTANCES else []
 
     # The table is rounded to float32 first and the scale found after it, so that a live lookup gives the same weights.
     values, ridge_used = _values(rule, patterns, f, r, ridge, min_ess, max_weight)
@@ -209,43 +208,6 @@ def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) 
         raise UserError(f"ridge: got {ridge}, allowed is above 0 and below 1e6")
 
 
-def _checked_pairs(selected: torch.Tensor, L: int, E: int) -> torch.Tensor:
-    if selected.dim() != 2 or selected.shape[1] != 2 or selected.is_floating_point():
-        raise UserError(f"selected: got {selected.dtype} {list(selected.shape)}, allowed is integer [M, 2]")
-    selected = selected.long()
-    inside = (selected >= 0) & (selected < torch.tensor([L, E]))
-    if not bool(inside.all()):
-        pair = selected[~inside.all(dim=1)][0].tolist()
-        raise UserError(f"selected: got (layer, expert) {pair}, allowed are layers below {L} and experts below {E}")
-    if len(torch.unique(selected, dim=0)) != len(selected):
-        raise UserError("selected: has a (layer, expert) pair more than once")
-    return selected
-
-
-def _reachable(selected: torch.Tensor, f: torch.Tensor, r: torch.Tensor, rule: str, notes: list[str]) -> torch.Tensor:
-    """Without the pairs that no retain token activates: no weight can bring retain data to them."""
-    if rule == "uniform":
-        return selected
-    if len(selected) == 0:
-        raise UserError("selected: names no (layer, expert) pair; use rule 'uniform' for uniform weights")
-    unused = [pair for pair in selected.tolist() if f[pair[0], pair[1]] == 0]
-    if unused:
-        raise UserError(
-            f"selected: no forget token activates (layer, expert) {unused[0]}: it cannot be forget-critical"
-        )
-    reached = r[selected[:, 0], selected[:, 1]] > 0
-    lost = ", ".join(f"({layer}, {expert})" for layer, expert in selected[~reached].tolist())
-    if not bool(reached.any()):
-        raise UserError(
-            f"selected: no retain token ever activates {lost} (layer, expert): weights cannot change that. Use retain "
-            "data nearer to the forget data, or more of it"
-        )
-    if lost:
-        notes.append(f"no retain token activates {lost} (layer, expert): dropped, no weight can reach them")
-        logger.warning(notes[-1])
-    return selected[reached]
-
-
 def _float32_below(value: float) -> float:
     """The largest float32 that is not above `value`."""
     rounded = np.float32(value)
@@ -278,7 +240,10 @@ def _diagnose(
     if bound_active:
         notes.append("the bound on the effective sample size is active: a lower min_ess would match more closely")
     elif rule in DISTANCES and outcome["max_error"] > 0.01:
-        notes.append("no weights up to max_weight match all frequencies together; these come nearest")
+        notes.append(
+            f"no weights up to max_weight match all frequencies together (largest error {outcome['max_error']:.3f}); "
+            "these come nearest in the sum of squares"
+        )
     if rule != "uniform" and outcome["mean_error"] > float((f - r).abs().mean()):
         notes.append(f"rule {rule!r} matches worse than uniform weights do; try rule 'balance'")
     if outcome["ess"] < 0.3:

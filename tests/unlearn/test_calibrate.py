@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import VOCAB, documents, run
 
+from trace_unlearn import balance as balance_module
 from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.calibrate import CalibrateOptions, calibrate, main, select_experts
 from trace_unlearn.errors import UserError
@@ -113,6 +118,64 @@ def test_a_cap_meets_the_optimality_conditions(rule, cap):
         other[room] += (1 - other.mean()) * len(w) / room.sum()
         if (other > 0).all() and (other <= cap).all():
             assert primal(other) >= primal(w)
+
+
+def scipy_weights(a, f, ridge):
+    """The weights from scipy's general solver on the dual without a cap."""
+    special = pytest.importorskip("scipy.special")
+    optimize = pytest.importorskip("scipy.optimize")
+
+    def dual(free):
+        x = a @ free
+        value = special.logsumexp(x) - math.log(len(a))
+        return value - free @ f + ridge / 2 * free @ free, special.softmax(x) @ a - f + ridge * free
+
+    found = optimize.minimize(
+        dual, np.zeros(a.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-10}
+    )
+    return special.softmax(a @ found.x) * len(a)
+
+
+def test_many_patterns_against_a_general_solver(monkeypatch):
+    """Also where Newton sees a sample of the patterns only."""
+    monkeypatch.setattr(balance_module, "_SAMPLE", 1000)
+    stats = statistics(N=20_000, L=4, E=16, k=4, skew=1.0, forget_tokens=10_000)
+    found = calibrate(stats, min_ess=0.0, max_weight=1e6, ridge=1e-4)
+    a = hit_matrix(stats, found.selected).numpy()
+    assert len(np.unique(a, axis=0)) > 5000
+    expected = scipy_weights(a, found.f.numpy(), 1e-4)
+    np.testing.assert_allclose(found.token_weight.numpy(), expected, atol=1e-5)
+    bounded = calibrate(stats, min_ess=0.9)
+    assert 0.9 <= bounded.ess < 0.9 + 1e-4
+    torch.manual_seed(1)
+    assert torch.equal(calibrate(stats, min_ess=0.9).token_weight, bounded.token_weight)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rule=st.sampled_from(["balance", "additive"]),
+    shape=st.sampled_from([(3, 1, 3, 1), (12, 2, 4, 2), (40, 1, 2, 1), (200, 3, 6, 2)]),
+    cap=st.sampled_from([1.2, 3.0, 20.0]),
+    ridge=st.sampled_from([1e-6, 1e-3, 1.0]),
+    skew=st.sampled_from([0.0, 2.0, 8.0]),
+)
+def test_small_instances_are_solved_to_optimality(seed, rule, shape, cap, ridge, skew):
+    """Few tokens, targets that often nothing meets: finite weights that meet the optimality conditions."""
+    N, L, E, k = shape
+    stats = statistics(seed, N=N, L=L, E=E, k=k, D=2, skew=skew, forget_tokens=50)
+    selected = (stats.retain_counts > 0).nonzero()
+    a = hit_matrix(stats, selected)
+    f = stats.forget_frequency[selected[:, 0], selected[:, 1]]
+    patterns = Patterns.of(torch.from_numpy(np.packbits(a.numpy().astype(bool), axis=1)), len(selected))
+    found = balance(patterns, f, ridge=ridge, min_ess=0.0, cap=cap, rule=rule)
+    distance = DISTANCES[rule]
+    x = patterns.scores(found.coefficients)
+    x += distance.scale(x, patterns.counts, cap)
+    w = distance.weights(x, cap)
+    assert patterns.mean(w) == pytest.approx(1, abs=1e-9)
+    assert ((w >= 0) & (w <= cap * (1 + 1e-12))).all()
+    torch.testing.assert_close(patterns.frequencies(w) + found.ridge * found.coefficients, f, rtol=0, atol=1e-8)
 
 
 def test_targets_are_hit_when_they_can_be():
@@ -368,6 +431,49 @@ def test_an_expert_that_retain_data_never_reaches_is_dropped_with_a_note():
         calibrate(stats, torch.tensor([[0, 0]]))
 
 
+def handmade(routes, forget):
+    """Statistics of [N][L][k] retain routes and of [L][E] counts over 100 forget tokens."""
+    routes = torch.tensor(routes, dtype=torch.uint8)
+    N, _, k = routes.shape
+    forget = torch.tensor(forget)
+    counts = torch.stack(
+        [torch.bincount(layer.flatten().int(), minlength=forget.shape[1]) for layer in routes.unbind(1)]
+    )
+    return RoutingStatistics(forget, counts, 100, N, k, routes, torch.tensor([0, N]))
+
+
+@pytest.mark.parametrize("rule", ["balance", "additive"])
+@pytest.mark.parametrize(
+    ("routes", "forget", "selected", "note"),
+    [
+        # Everything hits one of the two, or both; no forget token hits the third.
+        ([[[0]], [[1]], [[0]], [[1]]], [[100, 0]], [[0, 0]], r"every forget token activates \(0, 0\)"),
+        ([[[0, 1]], [[2, 3]], [[2, 3]]], [[60, 50, 50, 40]], [[0, 0], [0, 1]], r"same retain .*differ by 0\.100"),
+        ([[[0, 1]], [[2, 3]], [[2, 3]]], [[50, 50, 50, 50]], [[0, 0], [0, 1]], r"same retain .*one of them says it"),
+        (
+            [[[0]], [[1]], [[2]], [[1]]],
+            [[30, 20, 10, 40]],
+            [[0, 0], [0, 1], [0, 2]],
+            r"every retain token hits 1 of the selected experts of layer 0, and forget tokens 0\.600",
+        ),
+        ([[[0, 1]], [[0, 2]]], [[99, 60, 41]], [[0, 0], [0, 1]], r"every retain token activates \(0, 0\).*dropped"),
+    ],
+)
+def test_targets_that_no_weights_meet_are_named_and_the_nearest_weights_given(rule, routes, forget, selected, note):
+    found = calibrate(handmade(routes * 50, forget), torch.tensor(selected), rule=rule, min_ess=0.0)
+    assert any(re.search(note, line) for line in found.notes)
+    assert torch.isfinite(found.token_weight).all()
+    assert torch.isfinite(found.table).all()
+    before = ((found.r - found.f) ** 2).sum()
+    assert ((found.weighted_r - found.f) ** 2).sum() <= before + 1e-12
+    assert not any("retain token" in line or "forget token" in line for line in calibrate(statistics()).notes)
+
+
+def test_an_expert_of_every_retain_token_alone_is_refused():
+    with pytest.raises(UserError, match=r"every retain token activates \(0, 0\)"):
+        calibrate(handmade([[[0, 1]], [[0, 2]]], [[99, 60, 41]]), torch.tensor([[0, 0]]))
+
+
 def test_nothing_selected_says_which_knob_to_turn():
     stats = statistics(skew=0.5)
     with pytest.raises(UserError, match=r"Lower tau \(now 3\.0\) to ([\d.]+) or less") as caught:
@@ -418,6 +524,30 @@ def test_weights_that_follow_the_position_are_pointed_out():
     stats = RoutingStatistics(torch.tensor([[50, 0, 50]]), counts, 100, N, 1, routes, torch.arange(0, N + 1, N // D))
     assert any("position" in note for note in calibrate(stats, tau=0.1).notes)
     assert not any("position" in note for note in calibrate(statistics()).notes)
+
+
+def test_killed_at_work_leaves_nothing_and_a_rerun_works(tmp_path, profiled):
+    profiled[3].save(tmp_path / "profile")
+    options = {"profile": str(tmp_path / "profile"), "output": str(tmp_path / "calibration")}
+    code = f"""
+import os, signal
+from trace_unlearn import calibrate, files
+from trace_unlearn.calibrate import CalibrateOptions, main
+right = files.save_tensors
+def deadly(*args, **others):
+    right(*args, **others)
+    os.kill(os.getpid(), signal.SIGKILL)
+files.save_tensors = deadly
+main(CalibrateOptions(**{options!r}), lambda line: None)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = {path.name for path in tmp_path.iterdir()} - {"profile"}
+    assert left  # it was within the writing
+    assert all(name.startswith(".calibration.") for name in left)
+    main(CalibrateOptions(**options), lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration", "profile"]
+    assert torch.equal(Calibration.load(options["output"]).token_weight, calibrate(profiled[3]).token_weight)
 
 
 def test_the_verb(tmp_path, profiled):

@@ -26,24 +26,25 @@ constexpr int64_t kFlush = 1 << 24;   // tokens after which 32-bit bins go to th
 constexpr int kCopies = 4;            // histograms in turn: equal experts in a row do not wait for each other's store
 constexpr int64_t kLeastPart = 4096;  // tokens below which a thread costs more than it saves
 
-// Up to 64 selected experts of one layer.
+// Up to 64 selected experts of one layer that follow one another in a row of hits.
 struct Group {
-  std::vector<uint64_t> mask;  // by expert: its slot's bit, or 0
-  std::vector<int64_t> bit;    // by slot: its place in a row of hits
+  std::vector<uint64_t> mask;  // by expert: its slot's bit, the highest one for slot 0; or 0
+  int64_t first, slots;        // the place of slot 0 in a row of hits, and how many there are
 };
 
 // By layer. The first group of a layer is there even if nothing is selected in it.
 std::vector<std::vector<Group>> groups_of(const RouteHits& p, int64_t bins) {
   std::vector<std::vector<Group>> layers(p.num_layers);
-  for (auto& groups : layers) groups.push_back({std::vector<uint64_t>(bins, 0), {}});
+  for (auto& groups : layers) groups.push_back({std::vector<uint64_t>(bins, 0), 0, 0});
   for (int64_t m = 0; m < p.num_selected; ++m) {
     std::vector<Group>& groups = layers[p.selected[2 * m]];
-    if (static_cast<int64_t>(groups.back().bit.size()) == kSlots) {
-      groups.push_back({std::vector<uint64_t>(bins, 0), {}});
+    if (groups.back().slots == 0) groups.back().first = m;
+    if (groups.back().slots == kSlots || groups.back().first + groups.back().slots != m) {
+      groups.push_back({std::vector<uint64_t>(bins, 0), m, 0});
     }
     Group& group = groups.back();
-    group.mask[p.selected[2 * m + 1]] = uint64_t{1} << group.bit.size();
-    group.bit.push_back(m);
+    group.mask[p.selected[2 * m + 1]] = (uint64_t{1} << 63) >> group.slots;
+    ++group.slots;
   }
   return layers;
 }
@@ -75,11 +76,27 @@ void block(const Index* routes, int64_t tokens, int64_t stride, int64_t top_k, u
   }
 }
 
-inline void set_bits(const Group& group, uint64_t word, uint8_t* row) {
-  while (word != 0) {
-    const int64_t bit = group.bit[__builtin_ctzll(word)];
-    row[bit / 8] |= static_cast<uint8_t>(0x80u >> (bit % 8));
-    word &= word - 1;
+// Moves a block's words of slots to their place in rows of `words` words. No branch on data.
+void place(const Group& group, const uint64_t* found, int64_t tokens, int64_t words, uint64_t* rows) {
+  const int64_t word = group.first / 64, shift = group.first % 64;
+  const bool spills = shift + group.slots > 64;
+  for (int64_t t = 0; t < tokens; ++t) {
+    uint64_t* row = rows + t * words + word;
+    row[0] |= found[t] >> shift;
+    if (spills) row[1] |= found[t] << (64 - shift);
+  }
+}
+
+// Words, highest bit first, to bytes.
+void store(const uint64_t* rows, int64_t tokens, int64_t words, int64_t bytes, uint8_t* out) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t word = rows[t * words + w];
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+      word = __builtin_bswap64(word);
+#endif
+      std::memcpy(out + t * bytes + 8 * w, &word, std::min<int64_t>(8, bytes - 8 * w));
+    }
   }
 }
 
@@ -108,12 +125,13 @@ void run(const Index* routes, const RouteHits& p, int num_threads) {
       std::fill(bins.begin(), bins.end(), 0u);
     };
     uint64_t found[kBlock];
+    const int64_t words = (bytes + 7) / 8;
+    std::vector<uint64_t> rows(kBlock * words);
     std::vector<uint32_t> unused(kCopies * num_bins);  // further groups of a layer see tokens that are counted already
     int64_t since = 0;
     for (int64_t begin = range.begin; begin < range.end; begin += kBlock) {
       const int64_t tokens = std::min(kBlock, range.end - begin);
-      uint8_t* rows = p.hits + begin * bytes;
-      std::memset(rows, 0, tokens * bytes);
+      std::fill(rows.begin(), rows.end(), uint64_t{0});
       for (int64_t l = 0; l < p.num_layers; ++l) {
         const Index* first = routes + begin * stride + l * p.top_k;
         uint32_t* mine = bins.data() + l * kCopies * num_bins;
@@ -121,11 +139,10 @@ void run(const Index* routes, const RouteHits& p, int num_threads) {
           kernel(first, tokens, stride, p.top_k, static_cast<uint64_t>(p.num_experts), mine, num_bins,
                  group.mask.data(), found);
           mine = unused.data();
-          for (int64_t t = 0; t < tokens; ++t) {
-            if (found[t] != 0) set_bits(group, found[t], rows + t * bytes);
-          }
+          if (group.slots > 0) place(group, found, tokens, words, rows.data());
         }
       }
+      store(rows.data(), tokens, words, bytes, p.hits + begin * bytes);
       since += tokens;
       if (since >= kFlush) {
         flush();
