@@ -36,7 +36,7 @@ _SAMPLE = 1 << 18  # rows from which Newton's direction and the first guess are 
 class Distance(Protocol):
     """F, psi and mu of one distance from uniform weights; all but `scale` work on x = lambda . a + mu of the tokens."""
 
-    largest: float  # of abs(x): beyond it float32 tables are not exact enough
+    largest: float  # of abs(x), abs(mu) and abs(lambda): beyond it float32 tables are not exact enough
 
     def scale(self, raw: torch.Tensor, counts: torch.Tensor, cap: float) -> float:
         """The mu with which the mean weight is 1."""
@@ -122,7 +122,7 @@ class Balance:
     coefficients: torch.Tensor
     ridge: float
     ess: float
-    largest: float  # over tokens, abs(lambda . a + mu)
+    largest: float  # of abs(lambda . a + mu) over tokens, abs(mu) and abs(lambda)
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,15 @@ def _solve(problem: _Problem, ridge: float, start: torch.Tensor, tolerance: floa
         new_frequency = patterns.frequencies(new_weights)
         new_gradient = new_frequency - target + ridge * tried
         if -slope < 1e-9 and float(new_gradient.abs().max()) > 0.5 * float(gradient.abs().max()):
-            break
+            if problem.sample is patterns:
+                break  # as exact as the arithmetic allows
+            problem = replace(problem, sample=patterns)  # the sample's direction is too inexact: the true one
+            continue
         coefficients, value, mu, x, weights = tried, new_value, new_mu, new_x, new_weights
         frequency, gradient = new_frequency, new_gradient
-    return Balance(coefficients, ridge, patterns.ess(weights), float(x.abs().max()))
+    # Where targets contradict each other lambda and mu may grow in opposite directions, and x does not show it.
+    largest = max(float(values.abs().max()) for values in (x, coefficients, x.new_tensor([mu])) if len(values))
+    return Balance(coefficients, ridge, patterns.ess(weights), largest)
 
 
 def _hessian(

@@ -16,6 +16,7 @@ from trace_unlearn import files
 from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.errors import UserError
 from trace_unlearn.feasible import checked_pairs, dependencies, reachable
+from trace_unlearn.heaviest import describe_heaviest
 from trace_unlearn.patterns import Patterns
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.selection import Selection, effective_tokens, frequencies, select_experts, wilson_interval
@@ -292,6 +293,8 @@ class CalibrateOptions:
         min_ess: the least effective sample size of the weights, as a share of the retain tokens.
         max_weight: the largest weight; the mean is 1.
         ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
+        show_tokens: print so many of the retain tokens with the largest weights, in their context; reads the retain
+            data again.
     """
 
     profile: str = "profile"
@@ -306,12 +309,15 @@ class CalibrateOptions:
     min_ess: float = 0.5
     max_weight: float = 20.0
     ridge: float = 1e-6
+    show_tokens: int = 0
 
 
 def check(options: CalibrateOptions) -> None:
     """UserError for what can be told from the options alone."""
     _check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
     Selection(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Selection)})
+    if options.show_tokens < 0:
+        raise UserError(f"show_tokens: got {options.show_tokens}, allowed is 0 or more")
 
 
 def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
@@ -321,7 +327,9 @@ def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
     say(f"calibrate: {options.profile}, rule {options.rule} -> {options.output}")
     settings = dataclasses.asdict(options)
     stats = RoutingStatistics.load(settings.pop("profile"))
-    found = calibrate(stats, **{name: value for name, value in settings.items() if name != "output"})
+    found = calibrate(stats, **{k: v for k, v in settings.items() if k not in ("output", "show_tokens")})
     say(found.summary())
+    if options.show_tokens:
+        say(describe_heaviest(found, stats.meta, options.show_tokens))
     found.save(options.output)
     say(f"written to {options.output}")

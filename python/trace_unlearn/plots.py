@@ -106,6 +106,27 @@ def calibration_scatter(forget: Array, retain: Array, weighted: Array) -> Figure
     return figure
 
 
+def frequency_intervals(
+    labels: Sequence[str], forget: Array, forget_interval: Array, retain: Array, retain_interval: Array, weighted: Array
+) -> Figure:
+    """A row per selected expert: f and r with their intervals [M, 2], and the weighted r."""
+    rows = np.arange(len(labels))
+    with mpl.rc_context(STYLE):
+        figure, (ax,) = _subplots(1, 1, (7.0, 1.4 + 0.24 * len(labels)))
+        sides = ((forget, forget_interval, MARK, "forget"), (retain, retain_interval, COLOURS[0], "retain"))
+        for shift, (value, interval, colour, name) in zip((-0.15, 0.15), sides, strict=True):
+            ax.hlines(rows + shift, interval[:, 0], interval[:, 1], color=colour, linewidth=2)
+            ax.scatter(value, rows + shift, s=18, color=colour, label=f"{name}, 95 % interval", zorder=3)
+        ax.scatter(weighted, rows, s=26, color=COLOURS[1], marker="D", label="retain, weighted", zorder=4)
+        ax.set_yticks(rows, labels)
+        ax.invert_yaxis()
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.set_xlabel("share of tokens that use the expert (MoE layer / expert)")
+        ax.legend(loc="best")
+    return figure
+
+
 def weight_histogram(weights: Array) -> Figure:
     """How many retain tokens have which weight, both axes logarithmic."""
     low, high = max(float(weights.min()), 1e-4), float(weights.max())

@@ -136,6 +136,7 @@ def profile_routing(
     pad_token_id: int,
     progress: bool = True,
     output: str | os.PathLike[str] | None = None,
+    source: dict[str, Any] | None = None,
 ) -> RoutingStatistics:
     """Runs both data sets once through `model`, in eval mode and without gradients, and counts activations.
 
@@ -152,6 +153,7 @@ def profile_routing(
         progress: whether to show a bar.
         output: a folder to write, as `RoutingStatistics.save` does; it must not exist. The routes go into it as they
             come, and what is returned maps them from there.
+        source: what goes into meta["source"]: where model and data came from, in the words of the verb's options.
 
     Raises:
         UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
@@ -159,10 +161,13 @@ def profile_routing(
     _check_batch_size(batch_size)
     overlap = check_disjoint(forget, retain)
     if output is None:
-        return _profile(model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress), None)
+        stats = _profile(model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress), None)
+        stats.meta["source"] = source
+        return stats
     with files.staged_folder(output) as staged:
         run = _Run(model, batch_size, pad_token_id, progress)
         stats = _profile(model, forget, retain, overlap, run, staged / ROUTES)
+        stats.meta["source"] = source
         stats._save_rest(staged)
         del stats  # with the map of the file in the hidden folder
     return RoutingStatistics.load(output)
@@ -413,6 +418,7 @@ def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
         batch_size=options.batch_size,
         pad_token_id=tokenizer.pad_token_id,
         output=options.output,
+        source={name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")},
     )
     say(
         f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "

@@ -21,6 +21,7 @@ from trace_unlearn.errors import UserError
 
 TENSORS, META = "calibration.safetensors", "calibration.json"
 _FORMAT = 2
+_QUANTILES = {"1 %": 0.01, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999}
 _TENSOR_FIELDS = (
     "table",
     "hit_table",
@@ -150,6 +151,9 @@ class Calibration:
             f"effective sample size {self.ess:.3f} of {len(self.token_weight)} tokens, largest weight "
             f"{self.largest_weight:.2f} (mean 1)"
         )
+        ranked = self.token_weight.sort().values
+        shares = {name: float(ranked[int(share * (len(ranked) - 1))]) for name, share in _QUANTILES.items()}
+        lines.append("weights: " + ", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:

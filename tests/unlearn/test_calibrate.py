@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from test_profile import VOCAB, documents, run
 
 from trace_unlearn import balance as balance_module
+from trace_unlearn import plots
 from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.calibrate import CalibrateOptions, calibrate, main, select_experts
 from trace_unlearn.errors import UserError
@@ -144,7 +145,7 @@ def test_many_patterns_against_a_general_solver(monkeypatch):
     a = hit_matrix(stats, found.selected).numpy()
     assert len(np.unique(a, axis=0)) > 5000
     expected = scipy_weights(a, found.f.numpy(), 1e-4)
-    np.testing.assert_allclose(found.token_weight.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.token_weight.numpy(), expected, rtol=1e-5)
     bounded = calibrate(stats, min_ess=0.9)
     assert 0.9 <= bounded.ess < 0.9 + 1e-4
     torch.manual_seed(1)
@@ -316,6 +317,16 @@ def test_documents_widen_the_intervals_and_lower_the_z_score():
     single = dataclasses.replace(stats, retain_design_effect=torch.full((2, 8), math.inf))
     assert (calibrate(single).r_interval == torch.tensor([0.0, 1.0])).all()
     assert (rank_values(single, "z_score") == 0).all()
+
+
+def test_the_plot_of_intervals_shows_every_selected_expert():
+    found = calibrate(statistics())
+    labels = [f"{layer} / {expert}" for layer, expert in found.selected.tolist()]
+    arrays = (found.f, found.f_interval, found.r, found.r_interval, found.weighted_r)
+    (ax,) = plots.frequency_intervals(labels, *(values.numpy() for values in arrays)).axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == labels
+    spans = [segment[:, 0] for segment in ax.collections[0].get_segments()]
+    np.testing.assert_allclose(spans, found.f_interval)
 
 
 def test_additive_matches_more_closely_than_any_other_rule_of_the_same_sample_size():
@@ -556,7 +567,7 @@ def test_the_verb(tmp_path, profiled):
     options = CalibrateOptions(profile=str(tmp_path / "profile"), output=str(tmp_path / "calibration"))
     main(options, said.append)
     text = "\n".join(said)
-    for word in ("weighted r", "error with uniform weights", "effective sample size", "largest weight"):
+    for word in ("weighted r", "error with uniform weights", "effective sample size", "largest weight", "median"):
         assert word in text
     assert Calibration.load(tmp_path / "calibration").rule == "balance"
     with pytest.raises(UserError, match="exists"):

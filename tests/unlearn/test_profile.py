@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import datasets
 import pytest
 import tiny
 import torch
 
+from trace_unlearn.calibrate import CalibrateOptions
+from trace_unlearn.calibrate import main as calibrate_main
 from trace_unlearn.errors import UserError
 from trace_unlearn.profile import ProfileOptions, RoutingStatistics, main, profile_routing
 from trace_unlearn.routing import RoutingRecorder
+from trace_unlearn.weights import Calibration
 
 VOCAB = 80
 
@@ -177,6 +182,20 @@ def test_the_verb(tmp_path, checkpoint):
     stats = RoutingStatistics.load(tmp_path / "profile")
     assert stats.forget_counts.sum() == stats.forget_tokens * tiny.TOP_K * 2
     assert str(stats.retain_tokens) in said[-1]
+    shown = CalibrateOptions(
+        profile=options.output, output=str(tmp_path / "calibration"), tau=0.0, min_count=1, min_ess=0.0, show_tokens=3
+    )
+    calibrate_main(shown, said.append)
+    lines = next(text for text in said if "largest weights" in text).splitlines()[1:]
+    weights = Calibration.load(shown.output).token_weight.sort(descending=True).values
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(weights[:3].tolist(), abs=0.006)
+    text = " ".join((tmp_path / "retain.txt").read_text().split())  # no blank line: one document
+    for line in lines:
+        number, shown_text = line.split("document ")[1].split(": ")
+        before, after = shown_text.split(" [")
+        assert number == "0"
+        assert f"{before} {after[:-1]}".replace("<s>", "").replace("</s>", "").strip() in text
+    shutil.rmtree(shown.output)
     with pytest.raises(UserError, match="exists"):
         main(options, said.append)
     options.output, options.retain = str(tmp_path / "other"), options.forget
