@@ -45,6 +45,7 @@ class Verb:
 VERBS = {
     "profile": Verb("profile", "ProfileOptions", "count which experts the forget and the retain data activate"),
     "calibrate": Verb("calibrate", "CalibrateOptions", "choose forget-critical experts and weigh the retain tokens"),
+    "plan": Verb("plan", "PlanOptions", "say what train needs of every device's memory, before anything is loaded"),
     "train": Verb("train", "TrainOptions", "unlearn: write a checkpoint that has forgotten"),
     "evaluate": Verb("evaluate", "EvaluateOptions", "measure checkpoints on forget and retain data"),
     "attack": Verb("attack", "AttackOptions", "relearn, quantise, reroute: what comes back of what was forgotten"),

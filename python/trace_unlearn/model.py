@@ -23,12 +23,13 @@ HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
-def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True) -> PreTrainedConfig:
+def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True, weights: bool = True) -> PreTrainedConfig:
     """Checks what can be known of a checkpoint without reading its weights.
 
     Args:
         name_or_path: a folder that save_pretrained wrote, or a name on the hub.
         moe: whether a dense model is refused.
+        weights: whether the files of the weights must be there.
 
     Returns:
         The checkpoint's configuration.
@@ -39,7 +40,7 @@ def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True) -> P
     name = os.fspath(name_or_path)
     folder = _local_folder(name)
     if folder is not None:
-        _check_folder(folder)
+        _check_folder(folder, weights)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder or name))
     except Exception as error:  # a foreign file, a network
@@ -159,7 +160,7 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = ": it holds an adapter; merge it into its base model and save that" if adapter else ""
@@ -167,6 +168,8 @@ def _check_folder(folder: Path) -> None:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: not a model's configuration (a JSON object is expected)")
+    if not weights:
+        return
     indexes = [*folder.glob("*.safetensors.index.json"), *folder.glob("pytorch_model*.bin.index.json")]
     shards = {shard for index in indexes for shard in _shards(index)}
     lacking = sorted(shard for shard in shards if not (folder / shard).is_file())
