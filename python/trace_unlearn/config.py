@@ -37,6 +37,11 @@ class TraceConfig:
         anchor: weight of the SEUF anchor loss, which keeps the forget tokens on `anchor_experts`; 0 for none. For the
             SEUF baseline and combinations with it, where only these experts are trained.
         anchor_experts: the (decoder layer, expert) pairs of the anchor.
+        stop_forget_nll: training stops once the forget documents' mean loss has risen to so many nats a token; None
+            for never.
+        stop_retain_nll: likewise of the retain documents: too much was lost.
+        stop_every: steps between two measures.
+        stop_documents: they are taken on the first so many documents of a set.
     """
 
     objective: str = "grad_diff"
@@ -52,6 +57,10 @@ class TraceConfig:
     retain_per_forget: int = 1
     anchor: float = 0.0
     anchor_experts: tuple[tuple[int, int], ...] = ()
+    stop_forget_nll: float | None = None
+    stop_retain_nll: float | None = None
+    stop_every: int = 10
+    stop_documents: int = 64
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -71,8 +80,15 @@ class TraceConfig:
                 raise UserError(f"{name}: got {value}, allowed are finite numbers above 0")
         if not math.isfinite(self.delta):
             raise UserError(f"delta: got {self.delta}, allowed are finite numbers")
-        if self.retain_per_forget < 1:
-            raise UserError(f"retain_per_forget: got {self.retain_per_forget}, allowed are integers from 1")
+        for name in ("retain_per_forget", "stop_every", "stop_documents"):
+            if (count := getattr(self, name)) < 1:
+                raise UserError(f"{name}: got {count}, allowed are integers from 1")
+        for name, needed in (("forget", self.needs["forget"]), ("retain", self.needs["retain"])):
+            limit = getattr(self, f"stop_{name}_nll")
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise UserError(f"stop_{name}_nll: got {limit}, allowed are finite numbers above 0")
+            if limit is not None and (not needed or self.method.on_hidden_states):
+                raise UserError(f"stop_{name}_nll: got {limit}, but objective {self.objective!r} measures no such loss")
         if self.layer is not None and self.layer < 0:
             raise UserError(f"layer: got {self.layer}, allowed are integers from 0")
         if self.retain_loss == "kl" and (self.method.on_hidden_states or not self.method.uses_retain):

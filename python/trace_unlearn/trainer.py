@@ -19,17 +19,19 @@ from transformers.trainer_utils import TrainOutput
 from trace_unlearn import checkpoints
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import loss_bearing
+from trace_unlearn.early_stop import EarlyStop
 from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import check_masks
 from trace_unlearn.files import PathLike, staged_folder, write_json, write_text
 from trace_unlearn.forward import Forward, ReferenceRows, Seen
+from trace_unlearn.given import pad_token_id, used_sets, weighted
 from trace_unlearn.live import LiveWeights
 from trace_unlearn.log_window import LogWindow
 from trace_unlearn.model_card import model_card
 from trace_unlearn.objectives import distance, weighted_mean, weighted_nll
 from trace_unlearn.original import Original
 from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
-from trace_unlearn.weights import Calibration, attach_weights
+from trace_unlearn.weights import Calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +118,9 @@ class TraceTrainer(Trainer):
         self._run_folder = Path(str(args.output_dir))
         self.trace_config = config = config or TraceConfig()
         self.calibration = calibration
-        forget, retain, alternate = _used(config, forget=forget, retain=retain, alternate=alternate)
+        forget, retain, alternate = used_sets(config, forget=forget, retain=retain, alternate=alternate)
         if retain is not None:
-            retain = _weighted(retain, config, calibration)
+            retain = weighted(retain, config, calibration)
         self._forward = Forward(model, config)
         self._forward.freeze_unused()
         weighed_live = config.routes_weigh and config.weighting == "live"
@@ -137,7 +139,9 @@ class TraceTrainer(Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         self._sampler = PositionSampler(self.pairs)
-        collator = PairCollator(_pad_token_id(processing_class, model))
+        collator = PairCollator(pad_token_id(processing_class, model))
+        sets = {"forget": forget, "retain": retain}
+        self._early_stop = EarlyStop(config, sets, collator.pad_token_id)
         self._original = Original(model, config, self._forward, forget, retain, alternate, collator.pad_token_id, args)
         super().__init__(
             model,
@@ -175,6 +179,17 @@ class TraceTrainer(Trainer):
     def begin_training(self) -> None:
         """Called when the model is wrapped and a checkpoint, if any, is loaded."""
         self._original.prepare(self.accelerator, self.model_wrapped, resumed=self.state.global_step > 0)
+
+    def end_step(self) -> None:
+        """Stops where the configuration says so."""
+        if self._early_stop.due(self.state.global_step):
+            forward = self._forward.log_probs
+            found = self._early_stop.measure(self.accelerator, forward, self.model_wrapped, self.args)
+            due, self.control.should_log = self.control.should_log, False
+            self.log(found)
+            self.control.should_log = due  # logging took it for done
+            if self._early_stop.reached(found):
+                self.control.should_training_stop = True
 
     def begin_epoch(self) -> None:
         self._sampler.set_epoch(int(self.state.epoch or 0))
@@ -342,6 +357,9 @@ class _Beginnings(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin_training()
 
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.end_step()
+
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin_epoch()
 
@@ -360,34 +378,3 @@ def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> 
     """[B, S] float32: the column token_weight, or 1, where loss is borne; else 0."""
     weight = batch.get("token_weight")
     return bearing.float() if weight is None else weight.to(bearing.device).where(bearing, 0.0)
-
-
-def _used(config: TraceConfig, **sets: datasets.Dataset | None) -> list[datasets.Dataset | None]:
-    """The sets that the objective uses; the others are None whatever was given."""
-    for name, given in sets.items():
-        if config.needs[name] and given is None:
-            raise UserError(f"{name}: got none, but objective {config.objective!r} needs it")
-    return [given if config.needs[name] else None for name, given in sets.items()]
-
-
-def _weighted(retain: datasets.Dataset, config: TraceConfig, calibration: Calibration | None) -> datasets.Dataset:
-    if config.routes_weigh and config.weighting == "live" and calibration is None:
-        raise UserError("calibration: weighting 'live' needs one")
-    if not config.routes_weigh or config.weighting != "reference":
-        return retain.remove_columns("token_weight") if "token_weight" in retain.column_names else retain
-    if calibration is not None:
-        return attach_weights(retain, calibration)
-    if "token_weight" not in retain.column_names:
-        raise UserError(
-            "calibration: weighting 'reference' needs one (or a retain set with the column token_weight, from "
-            "attach_weights); weighting 'uniform' needs none"
-        )
-    return retain
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
-    for holder in (tokenizer, model.config):
-        pad = getattr(holder, "pad_token_id", None)
-        if isinstance(pad, int) and pad >= 0:
-            return pad
-    return 0  # padded positions are masked and bear no loss
