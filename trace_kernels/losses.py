@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trace_kernels import triton_backend, validate
+from trace_kernels.native import use_large_pages
 
 REDUCTIONS = ("mean", "sum", "none")
 #: What backends take for a target that is a class of probability 0: logp is -inf, its gradients those of -logsumexp.
@@ -193,6 +194,7 @@ def scale_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) ->
     scaled = torch.empty_like(stash, memory_format=torch.contiguous_format)
     if stash.numel() == 0:
         return scaled
+    use_large_pages(scaled)
     if (
         stash.device.type == "cuda"
         and stash.dim() > 1

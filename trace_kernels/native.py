@@ -81,3 +81,11 @@ def num_threads() -> int:
 def address(tensor: torch.Tensor | None) -> int:
     """The address of a tensor's first element; 0, which kernels read as 'absent', for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def use_large_pages(fresh: torch.Tensor) -> None:
+    """Asks for large pages behind a large CPU tensor that was not written yet: faulting in small ones takes longer than
+    writing them."""
+    module, _ = _load()
+    if hasattr(module, "use_large_pages") and fresh.device.type == "cpu" and fresh.nbytes >= 2**23:
+        module.use_large_pages(fresh.data_ptr(), fresh.nbytes)

@@ -17,7 +17,7 @@ namespace tk {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline constexpr int64_t kKC = 512;            // dwords of K per block
+inline constexpr int64_t kKC = 256;            // dwords of K per block
 inline constexpr int64_t kKS = kKC + 16;       // row stride of packed A, in dwords
 inline constexpr int64_t kKPad = 16;           // K2 is padded to this
 inline constexpr int64_t kRowPad = 32;         // rows of A and C are padded to this
@@ -46,6 +46,23 @@ struct SoftmaxState {
   float* sum;           // [rows] sum over v != target of exp(z_v - max)
   float* target_logit;  // [rows] z_target once its column was seen
   float* target_slope;  // [rows] softcap'(target)
+};
+
+// Where p = exp(z - max) * softcap' of some rows is kept until the normalisers are known: units of kColPad columns, each
+// [rows, kColPad] in `type`. Unit u starts at element u * unit of `data`; a last unit with fewer columns is `tail`.
+struct Stash {
+  void* data;
+  Type type;  // f32 or bf16
+  int64_t unit;
+  void* tail;
+  int64_t tail_from;  // first column of the tail
+  int64_t begin;      // the thread's first column: where a rescaling starts
+
+  char* at(int64_t r, int64_t v) const {
+    const int64_t bytes = type == Type::f32 ? 4 : 2;
+    if (v >= tail_from) return static_cast<char*>(tail) + (r * kColPad + v - tail_from) * bytes;
+    return static_cast<char*>(data) + (v / kColPad * unit + r * kColPad + v % kColPad) * bytes;
+  }
 };
 
 // logsumexp of a row as high + low: with one fp32 number p would carry the rounding of a large lse.
@@ -100,17 +117,24 @@ struct TileKernels {
                int64_t k2, bool accumulate);
   // One column tile [v0, v0 + cols) of the online softmax: s [rows, cols] holds raw dot products and is overwritten.
   // Writes p = exp(z - max) * softcap' (target column: 0) to packed A `p`, from element p_offset on, unless null.
+  // The same to the stash, from its row stash_row on, unless null.
   // Where the maximum of a row grew by more than a factor of e^8, what was accumulated with the old one is rescaled:
-  // the state, the row of d [rows, ldd] unless null, and elements [0, p_offset) of p.
+  // the state, the row of d [rows, ldd] unless null, elements [0, p_offset) of p, and the stash.
   void (*softmax_tile)(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
                        const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
-                       float* d, int64_t ldd);
+                       float* d, int64_t ldd, const Stash* stash, int64_t stash_row);
   // The transposed tile of the gradient: s [cols of the vocabulary, rows] holds raw dot products. Writes
   // dz[v,t] = g_t * scale * softcap' * ((v == target_t) - exp(z - lse_t)) to packed A; adds its row sums to dbias
   // [cols].
   void (*gradient_tile)(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
                         const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
                         int64_t dz_offset, float* dbias);
+  // The same from a stashed unit: dz[v,t] = coefficient_t * p[t,v] for p [rows, kColPad], and the row sums unless null.
+  void (*unstash)(const void* p, Type type, int64_t rows, int64_t cols, const float* coefficient, uint32_t* dz,
+                  int64_t rows_dz, int64_t dz_offset, float* dbias);
+  // Overwrites dz[target_t - v0, t] = value_t where the target is in [v0, v0 + cols).
+  void (*set_targets)(const int64_t* target, const float* value, int64_t v0, int64_t cols, int64_t rows, uint32_t* dz,
+                      int64_t rows_dz, int64_t dz_offset, float* dbias);
   void (*kl_tile)(const KlTile& tile);
   void (*kl_gradient_tile)(const KlGradientTile& tile);
   // out[r] (in `type`, row stride in elements) = c[r] for n columns.

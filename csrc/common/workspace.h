@@ -1,11 +1,9 @@
 // Scratch memory of one call, and a barrier for the threads of one region.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
-#include <new>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -14,16 +12,27 @@
 
 namespace tk {
 
-// One mapping, cut into cache-line aligned pieces. Large pages where the system grants them: a page fault per 4 KiB
-// would cost a few percent of a call.
+// Memory of a call, in large pages where the system grants them: a page fault per 4 KiB would cost a few percent of a
+// call. The last mapping is kept for the next call (the kernel zeroes fresh pages, which costs as much as a tenth of a
+// call), marked as free: the system takes its pages back when it needs them.
+struct Pages {
+  char* base = nullptr;
+  size_t size = 0;
+};
+Pages take_pages(size_t size);
+void give_pages(Pages pages);
+// Unmaps what is kept.
+void release_pages();
+// Asks for large pages behind [start, start + size) before it is first written.
+void use_large_pages(void* start, size_t size);
+
+// Scratch memory of one call, cut into cache-line aligned pieces. What is in it at first is arbitrary.
 class Workspace {
  public:
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() {
-    if (base_ != nullptr) munmap(base_, size_);
-  }
+  ~Workspace() { give_pages(pages_); }
 
   // Sizes are declared first, all memory is taken at once, then addresses are read.
   template <typename T>
@@ -33,25 +42,17 @@ class Workspace {
     return at;
   }
   void allocate() {
-    if (size_ == 0) return;
-    size_ = (size_ + kPage - 1) / kPage * kPage;
-    void* memory = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    base_ = static_cast<char*>(memory);
-#if defined(MADV_HUGEPAGE)
-    madvise(base_, size_, MADV_HUGEPAGE);
-#endif
+    if (size_ != 0) pages_ = take_pages(size_);
   }
   template <typename T>
   T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
+    return reinterpret_cast<T*>(pages_.base + offset);
   }
 
  private:
   static constexpr int64_t kAlign = 256;
-  static constexpr size_t kPage = size_t{1} << 21;
-  char* base_ = nullptr;
   size_t size_ = 0;
+  Pages pages_;
 };
 
 // Waits until all `count` threads have arrived; reusable. Spins shortly, then yields: cores may be shared.

@@ -34,7 +34,33 @@ TK_INLINE void store_packed(uint32_t* a, int64_t rows_a, int64_t r, int64_t k, v
   }
 }
 
+TK_INLINE vf load_stash(const Stash& stash, int64_t r, int64_t v) {
+  const char* from = stash.at(r, v);
+  return stash.type == Type::f32 ? load<vf>(from) : from_bf16(load<vh>(from));
+}
+TK_INLINE void store_stash(const Stash& stash, int64_t r, int64_t v, vf value) {
+  char* to = stash.at(r, v);
+  if (stash.type == Type::f32) {
+    store(to, value);
+  } else {
+    store(to, to_bf16(value));
+  }
+}
+
 TK_INLINE float exp_scalar(float x) { return exp_vec(splat(x))[0]; }
+
+// One value.
+template <bool Pairs>
+TK_INLINE void store_one(uint32_t* a, int64_t rows_a, int64_t r, int64_t k, float value) {
+  const int64_t k2 = Pairs ? k / 2 : k;
+  uint32_t* to = a + (k2 / kKC * rows_a + r) * kKS + k2 % kKC;
+  if constexpr (Pairs) {
+    const vh rounded = to_bf16(splat(value));
+    memcpy(reinterpret_cast<uint16_t*>(to) + k % 2, &rounded, 2);
+  } else {
+    memcpy(to, &value, 4);
+  }
+}
 
 template <bool Pairs>
 TK_INLINE vf load_packed(const uint32_t* a, int64_t rows_a, int64_t r, int64_t k) {
@@ -88,7 +114,7 @@ TK_INLINE void rescale(float factor, float* d, int64_t n, uint32_t* p, int64_t r
 template <bool Pairs>
 void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
                   const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
-                  float* d, int64_t ldd) {
+                  float* d, int64_t ldd, const Stash* stash, int64_t stash_row) {
   const float infinity = __builtin_inff();
   const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad);
   const bool plain = map.bias == nullptr && map.cap == 0.0f && map.scale == 1.0f;
@@ -107,8 +133,12 @@ void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0,
     if (best > reference + kLogLimit || (reference == -infinity && best > -infinity)) {
       const float factor = reference == -infinity ? 0.0f : exp_scalar(reference - best);
       state.sum[r] *= factor;
-      if (reference != -infinity)
+      if (reference != -infinity) {
         rescale<Pairs>(factor, d == nullptr ? nullptr : d + r * ldd, ldd, p, rows_p, r, p_offset);
+        if (stash != nullptr)
+          for (int64_t v = stash->begin; v < v0; v += kLanes)
+            store_stash(*stash, stash_row + r, v, load_stash(*stash, stash_row + r, v) * factor);
+      }
       state.max[r] = reference = best;
     }
     const float offset = reference == -infinity ? 0.0f : reference;
@@ -122,6 +152,7 @@ void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0,
         if (map.cap != 0.0f) e *= keep_lanes(load<vf>(slopes + c), cols - c, 0.0f);
       }
       if (p != nullptr) store_packed<Pairs>(p, rows_p, r, p_offset + c, e);
+      if (stash != nullptr && c < cols) store_stash(*stash, stash_row + r, v0 + c, e);
     }
     state.sum[r] += sum_lanes(total[0] + total[1]);
   }
@@ -170,14 +201,54 @@ void gradient_tile(const float* s, int64_t lds, int64_t cols, int64_t rows, int6
     const float unit = g[t] * slope[0];
     const float value = -__builtin_expm1f(log_p) * unit;
     if (dbias != nullptr) dbias[v] += value + exp_vec(splat(log_p))[0] * unit;
-    const int64_t k = dz_offset + t, k2 = Pairs ? k / 2 : k;
-    uint32_t* to = dz + (k2 / kKC * rows_dz + v) * kKS + k2 % kKC;
-    if constexpr (Pairs) {
-      const vh rounded = to_bf16(splat(value));
-      memcpy(reinterpret_cast<uint16_t*>(to) + k % 2, &rounded, 2);
-    } else {
-      memcpy(to, &value, 4);
+    store_one<Pairs>(dz, rows_dz, v, dz_offset + t, value);
+  }
+}
+
+template <bool Pairs>
+void unstash(const void* p, Type type, int64_t rows, int64_t cols, const float* coefficient, uint32_t* dz,
+             int64_t rows_dz, int64_t dz_offset, float* dbias) {
+  constexpr int kPer = Pairs ? 2 : 1;
+  const Stash from{const_cast<void*>(p), type, 0, nullptr, kColPad, 0};
+  const int64_t padded = round_up(rows, Pairs ? 2 * kKPad : kKPad);
+  for (int64_t v = 0; v < cols; v += kLanes) {
+    vf total = {};
+    for (int64_t t = 0; t < padded; t += kPer * kLanes) {
+      vu block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        vf value[kPer];
+#pragma GCC unroll 2
+        for (int j = 0; j < kPer; ++j) {
+          const int64_t r = t + i * kPer + j;
+          value[j] = r < rows ? load_stash(from, r, v) * coefficient[r] : vf{};
+          total += value[j];
+        }
+        if constexpr (Pairs) {
+          block[i] = __builtin_convertvector(to_bf16(value[0]), vu) | __builtin_convertvector(to_bf16(value[1]), vu) << 16;
+        } else {
+          block[i] = reinterpret_cast<vu>(value[0]);
+        }
+      }
+      transpose(block);
+      const int64_t k2 = (dz_offset + t) / kPer;
+      uint32_t* to = dz + (k2 / kKC * rows_dz + v) * kKS + k2 % kKC;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + i * kKS, block[i]);
     }
+    if (dbias != nullptr)
+      for (int i = 0; i < kLanes && v + i < cols; ++i) dbias[v + i] += total[i];
+  }
+}
+
+template <bool Pairs>
+void set_targets(const int64_t* target, const float* value, int64_t v0, int64_t cols, int64_t rows, uint32_t* dz,
+                 int64_t rows_dz, int64_t dz_offset, float* dbias) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const int64_t v = target[t] - v0;
+    if (v < 0 || v >= cols) continue;
+    store_one<Pairs>(dz, rows_dz, v, dz_offset + t, value[t]);
+    if (dbias != nullptr) dbias[v] += value[t];
   }
 }
 

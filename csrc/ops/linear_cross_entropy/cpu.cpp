@@ -17,31 +17,30 @@
 #include "common/streaming.h"
 #include "common/tile_kernels.h"
 #include "common/workspace.h"
+#include "ops/linear_cross_entropy/problem.h"
 
-namespace tk {
+namespace tk::linear_cross_entropy {
 namespace {
-
-struct Problem {
-  Rows hidden, weight;
-  int64_t num_rows, H, V;  // rows that count
-  const int64_t* target;   // [num_rows]; outside [0, V): no class, which takes part in nothing
-  LogitMap map;
-};
 
 struct Outputs {
   float *logp, *lse;  // [T]
-  float* lse_low;     // [num_rows] what rounding lse lost, or null
   void* dhidden;      // [T, H] contiguous in hidden's type, or null
+  // What the head's gradient needs, per row that counts; null without one.
+  float *lse_high = nullptr, *lse_low = nullptr;
+  const float* g = nullptr;
+};
+
+// Room for p of the first rows until the normalisers are known, and what they turn out to be: see WeightGradient.
+struct Stashed {
+  int64_t num_rows = 0;
+  Stash place{};
+  float *coefficient = nullptr, *target_value = nullptr;
 };
 
 class Forward {
  public:
-  Forward(const Problem& p, const Outputs& out, int threads)
-      : p_(p),
-        out_(out),
-        kernels_(tile_kernels(p.weight.type)),
-        plan_(make_plan(p.num_rows, p.V, out.dhidden == nullptr ? 0 : round_up(p.H, kColPad) * 4,
-                        k_dwords(kernels_, p.H) * (out.dhidden == nullptr ? 4 : 8), threads)) {
+  Forward(const Problem& p, const Outputs& out, const Plan& plan, const Stashed& stashed)
+      : p_(p), out_(out), plan_(plan), stashed_(stashed), kernels_(tile_kernels(p.weight.type)) {
     const bool gradient = out_.dhidden != nullptr;
     h2_ = k_dwords(kernels_, p_.H);
     ldd_ = round_up(p_.H, kColPad);
@@ -64,6 +63,8 @@ class Forward {
   }
 
   int num_threads() const { return plan_.members * plan_.groups; }
+  // The threads that shared the columns in the last run.
+  int parts() const { return parts_; }
 
   void run(int thread, int num_threads) {
     // The runtime may have granted fewer threads than planned: then one group of them does everything.
@@ -72,6 +73,7 @@ class Forward {
     const int groups = as_planned ? plan_.groups : 1;
     const int group = thread / members, member = thread % members;
     if (group >= groups) return;
+    if (thread == 0) parts_ = members;
     const FlushDenormals flush;
     for (int64_t r0 = group * plan_.block_rows; r0 < p_.num_rows; r0 += groups * plan_.block_rows)
       block(r0, std::min(plan_.block_rows, p_.num_rows - r0), group, member, members);
@@ -109,7 +111,7 @@ class Forward {
 
     const Range range = member_columns(p_.V, member, members);
     for (int64_t v0 = range.begin; v0 < range.end; v0 += cols_)
-      tile(r0, rows, v0, std::min(cols_, range.end - v0), v0 == range.begin, shared, mine);
+      tile(r0, rows, v0, std::min(cols_, range.end - v0), range.begin, shared, mine);
     barrier.wait(members);
 
     const Range merged = split(rows, member, members);
@@ -117,9 +119,12 @@ class Forward {
     barrier.wait(members);
   }
 
-  void tile(int64_t r0, int64_t rows, int64_t v0, int64_t cols, bool first, const GroupMemory& shared,
+  void tile(int64_t r0, int64_t rows, int64_t v0, int64_t cols, int64_t begin, const GroupMemory& shared,
             const ThreadMemory& mine) {
-    const bool gradient = out_.dhidden != nullptr;
+    const bool gradient = out_.dhidden != nullptr, first = v0 == begin;
+    Stash place = stashed_.place;
+    place.begin = begin;
+    const Stash* stash = r0 < stashed_.num_rows ? &place : nullptr;  // a block is stashed as a whole
     const int64_t block_rows = plan_.block_rows;
     const auto* a = memory_.at<uint32_t>(shared.a);
     auto* bt = memory_.at<uint32_t>(mine.bt);
@@ -144,7 +149,7 @@ class Forward {
         const int64_t width = std::min(kScoreCols, cols - c0);
         kernels_.gemm(a + t0 * kKS, block_rows, bt + c0 * h2_, s, kScoreCols, n, width, h2_, false);
         kernels_.softmax_tile(s, kScoreCols, n, width, v0 + c0, p_.target + r0 + t0, p_.map, state, packed_p,
-                              plan_.tile_rows, c0, accumulated, ldd_);
+                              plan_.tile_rows, c0, accumulated, ldd_, stash, r0 + t0);
       }
       if (gradient)
         kernels_.gemm(packed_p, plan_.tile_rows, b, d + t0 * ldd_, ldd_, n, p_.H, k_dwords(kernels_, cols), !first);
@@ -159,6 +164,7 @@ class Forward {
     for (int m = 0; m < members; ++m) top = std::max(top, double{memory_.at<float>(memory_of(group, m).max)[r]});
     double others = 0.0;
     const float* parts[kMaxParts];
+    double factors[kMaxParts];
     float beta[kMaxParts];
     int used = 0;
     for (int m = 0; m < members; ++m) {
@@ -169,19 +175,30 @@ class Forward {
       // A part without a maximum is empty (sum 0) or holds NaN only (sum NaN, which must get through).
       const double factor = std::isinf(part_max) && part_max < 0 ? 0.0 : std::exp(part_max - top);
       others += part_sum * factor;
-      beta[used] = static_cast<float>(factor);
+      factors[used] = factor;
       parts[used++] = memory_.at<float>(part.d) + r * ldd_;
     }
     const double own = std::exp(logit - top), total = own + others;
     const int64_t at = p_.hidden.index ? p_.hidden.index[r0 + r] : r0 + r;
     const double lse = top + std::log(total);
     out_.lse[at] = static_cast<float>(lse);
-    if (out_.lse_low != nullptr) out_.lse_low[r0 + r] = static_cast<float>(lse - out_.lse[at]);
     out_.logp[at] = static_cast<float>(own > 0 ? -std::log1p(others / own) : logit - lse);
-    if (out_.dhidden == nullptr) return;
     const double scale = p_.map.scale;
-    for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(-scale * beta[i] / total);
-    const float alpha = static_cast<float>(scale * others / total * memory_.at<float>(shared.target_slope)[r]);
+    const double target_slope = scale * others / total * memory_.at<float>(shared.target_slope)[r];
+    if (out_.g != nullptr) {
+      const int64_t row = r0 + r;
+      const double g = out_.g[row];
+      out_.lse_high[row] = out_.lse[at];
+      out_.lse_low[row] = static_cast<float>(lse - out_.lse[at]);
+      if (row < stashed_.num_rows) {
+        stashed_.target_value[row] = static_cast<float>(g * target_slope);
+        for (int i = 0; i < used; ++i)
+          stashed_.coefficient[i * stashed_.num_rows + row] = static_cast<float>(-g * scale * factors[i] / total);
+      }
+    }
+    if (out_.dhidden == nullptr) return;
+    for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(-scale * factors[i] / total);
+    const auto alpha = static_cast<float>(target_slope);
     const int64_t bytes = bytes_of(p_.weight.type);
     const int64_t target = p_.target[r0 + r], column = target >= 0 && target < p_.V ? target : 0;
     const char* row = static_cast<const char*>(p_.weight.data) + column * p_.weight.stride * bytes;
@@ -195,14 +212,30 @@ class Forward {
  private:
   const Problem& p_;
   const Outputs& out_;
+  const Plan& plan_;
+  const Stashed& stashed_;
   const TileKernels& kernels_;
-  Plan plan_;
+  int parts_ = 1;
   int64_t h2_, ldd_, cols_, c2_;
   std::vector<GroupMemory> groups_;
   std::vector<ThreadMemory> threads_;
   Workspace memory_;
   std::vector<Barrier> barriers_;
 };
+
+Plan plan_of(const Problem& p, bool gradient, int threads) {
+  const int64_t h2 = k_dwords(tile_kernels(p.weight.type), p.H);
+  return make_plan(p.num_rows, p.V, gradient ? round_up(p.H, kColPad) * 4 : 0, h2 * (gradient ? 8 : 4), threads);
+}
+
+// Rows whose p fits into the memory of the head's gradient, which has room for H numbers of the same type per column:
+// whole blocks of them, which are made smaller where that helps.
+int64_t stashable_rows(const Problem& p, Plan* plan) {
+  if (p.weight.type == Type::f16) return 0;  // could not hold a p of e^-17
+  if (p.num_rows <= p.H) return p.num_rows;
+  if (p.H >= kScoreCols) plan->block_rows = std::min(plan->block_rows, p.H / kRowPad * kRowPad);
+  return p.H / plan->block_rows * plan->block_rows;
+}
 
 Problem problem_of(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
                    int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t target,
@@ -219,105 +252,64 @@ Problem problem_of(uintptr_t hidden, uintptr_t weight, int type, int64_t num_row
 
 void forward_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
                  int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t target,
-                 double softcap, double scale, uintptr_t logp, uintptr_t lse, uintptr_t lse_low, uintptr_t dhidden,
-                 int num_threads) {
+                 double softcap, double scale, uintptr_t logp, uintptr_t lse, uintptr_t dhidden, uintptr_t row_grad,
+                 uintptr_t dweight, uintptr_t dbias, int num_threads) {
   if (num_rows == 0) return;
   const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
                                softcap, scale);
-  const Outputs out{reinterpret_cast<float*>(logp), reinterpret_cast<float*>(lse), reinterpret_cast<float*>(lse_low),
-                    reinterpret_cast<void*>(dhidden)};
-  Forward forward(p, out, std::clamp(num_threads, 1, Forward::kMaxParts));
-  parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
+  num_threads = std::clamp(num_threads, 1, Forward::kMaxParts);
+  Outputs out{reinterpret_cast<float*>(logp), reinterpret_cast<float*>(lse), reinterpret_cast<void*>(dhidden)};
+  Plan plan = plan_of(p, dhidden != 0, num_threads);
+  Stashed stashed;
+  if (dweight == 0) {
+    Forward forward(p, out, plan, stashed);
+    parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
+    return;
+  }
+  WeightGradient gradient;
+  std::vector<float> sums(2 * num_rows), values, tail;
+  out.lse_high = sums.data();
+  out.lse_low = out.lse_high + num_rows;
+  out.g = reinterpret_cast<const float*>(row_grad);
+  use_large_pages(reinterpret_cast<void*>(dweight), static_cast<size_t>(V * H * bytes_of(p.weight.type)));
+  if (const int64_t most = stashable_rows(p, &plan); most > 0) {
+    values.resize((num_threads + 1) * most);
+    tail.resize(most * kColPad);
+    stashed = {most,
+               {reinterpret_cast<void*>(dweight), p.weight.type, kColPad * H, tail.data(), V / kColPad * kColPad, 0},
+               values.data() + most,
+               values.data()};
+  }
+  {
+    Forward forward(p, out, plan, stashed);
+    parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
+    gradient.parts = forward.parts();
+  }
+  gradient.lse = {out.lse_high, out.lse_low};
+  gradient.g = out.g;
+  gradient.dweight = reinterpret_cast<void*>(dweight);
+  gradient.dbias = reinterpret_cast<float*>(dbias);
+  gradient.num_stashed = stashed.num_rows;
+  gradient.stash = stashed.place;
+  gradient.coefficient = stashed.coefficient;
+  gradient.target_value = stashed.target_value;
+  weight_gradient(p, gradient, num_threads);
 }
 
-// dweight[v] = sum_t g_t d logp_t / d W[v] with known lse: the logits are recomputed transposed, [v, t], so that a
-// tile of dweight stays in cache while all rows pass by, and needs no transposition of p.
 void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
                          int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias,
-                         uintptr_t target, double softcap, double scale, uintptr_t lse, uintptr_t lse_low,
-                         uintptr_t row_grad, uintptr_t dweight, uintptr_t dbias, int num_threads) {
+                         uintptr_t target, double softcap, double scale, uintptr_t lse, uintptr_t row_grad,
+                         uintptr_t dweight, uintptr_t dbias, int num_threads) {
   const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
                                softcap, scale);
-  const TileKernels& kernels = tile_kernels(p.weight.type);
-  // Columns of the vocabulary. With few rows the fp32 gradient of the tile is what must stay in the cache.
-  const int64_t tile =
-      num_rows > 256 ? 256 : std::clamp<int64_t>((int64_t{1} << 17) / H / kRowPad * kRowPad, kRowPad, 256);
-  const int64_t h2 = k_dwords(kernels, H), ldd = round_up(H, kColPad);
-  // Rows whose two packings all threads share. Where there are more rows than one chunk, a thread keeps the gradients
-  // of several tiles (a wave) while the chunks pass, so that packing a chunk again for every wave costs little.
-  constexpr int64_t kBytes = int64_t{8} << 20;
-  const int64_t chunk =
-      std::min(round_up(num_rows, kColPad), std::clamp<int64_t>(kBytes / (8 * h2) / kColPad * kColPad, kColPad, 1024));
-  const int64_t num_chunks = (num_rows + chunk - 1) / chunk, t2 = k_dwords(kernels, chunk);
-  const int64_t wave_tiles = num_chunks == 1 ? 1 : std::clamp<int64_t>(kBytes / (tile * ldd * 4), 1, 16);
-  const int threads = static_cast<int>(std::clamp<int64_t>((V + kRowPad - 1) / kRowPad, 1, num_threads));
-  const int64_t a_size = packed_a_dwords(h2, tile);
-  Workspace memory;
-  const int64_t bt_at = memory.add<uint32_t>(h2 * chunk), b_at = memory.add<uint32_t>(t2 * ldd);
-  struct ThreadMemory {
-    int64_t a, s, dz, acc, dbias;
-  };
-  std::vector<ThreadMemory> own;
-  for (int i = 0; i < threads; ++i)
-    own.push_back({memory.add<uint32_t>(wave_tiles * a_size), memory.add<float>(tile * kScoreCols),
-                   memory.add<uint32_t>(packed_a_dwords(t2, tile)), memory.add<float>(wave_tiles * tile * ldd),
-                   memory.add<float>(wave_tiles * tile)});
-  memory.allocate();
-  Barrier barrier;
-  const int64_t bytes = bytes_of(p.weight.type), num_units = (V + kRowPad - 1) / kRowPad;
-  parallel(threads, [&](int thread, int of) {
-    const FlushDenormals flush;
-    const ThreadMemory& mine = own[thread];
-    auto* bt = memory.at<uint32_t>(bt_at);
-    auto* b = memory.at<uint32_t>(b_at);
-    auto* s = memory.at<float>(mine.s);
-    auto* dz = memory.at<uint32_t>(mine.dz);
-    auto* acc = memory.at<float>(mine.acc);
-    auto* bias_sums = memory.at<float>(mine.dbias);
-    const Range units = split(num_units, thread, of);
-    const int64_t begin = units.begin * kRowPad, end = std::min(units.end * kRowPad, V), step = wave_tiles * tile;
-    // All threads take the same number of waves: they pack together. The first part of a split is the largest.
-    const int64_t num_waves = (split(num_units, 0, of).end * kRowPad + step - 1) / step;
-    for (int64_t wave = 0; wave < num_waves; ++wave) {
-      const int64_t wave_begin = begin + wave * step, wave_end = std::min(wave_begin + step, end);
-      for (int64_t v0 = wave_begin; v0 < wave_end; v0 += tile) {
-        const int64_t cols = std::min(tile, wave_end - v0);
-        kernels.pack_a(rows_from(p.weight, v0), cols, round_up(cols, kRowPad), H, tile,
-                       memory.at<uint32_t>(mine.a) + (v0 - wave_begin) / tile * a_size);
-      }
-      std::fill(bias_sums, bias_sums + step, 0.0f);
-      for (int64_t i = 0; i < num_chunks; ++i) {
-        const int64_t t0 = i * chunk, n = std::min(chunk, num_rows - t0);
-        if (num_chunks > 1 || wave == 0) {
-          barrier.wait(of);  // nobody reads the last chunk any more
-          // In pieces of kColPad rows: panels of bt, and dwords of b, which is one thread's.
-          const Range panels = split((n + kColPad - 1) / kColPad, thread, of);
-          const int64_t first = panels.begin * kColPad, last = std::min(panels.end * kColPad, n);
-          if (first < last) kernels.pack_bt(rows_from(p.hidden, t0 + first), last - first, H, bt + first * h2);
-          if (thread == of - 1) kernels.pack_b(rows_from(p.hidden, t0), n, H, b);
-          barrier.wait(of);
-        }
-        for (int64_t v0 = wave_begin; v0 < wave_end; v0 += tile) {
-          const int64_t cols = std::min(tile, wave_end - v0), local = v0 - wave_begin;
-          const auto* a = memory.at<uint32_t>(mine.a) + local / tile * a_size;
-          for (int64_t c0 = 0; c0 < n; c0 += kScoreCols) {
-            const int64_t at = t0 + c0, width = std::min(kScoreCols, n - c0);
-            kernels.gemm(a, tile, bt + c0 * h2, s, kScoreCols, cols, width, h2, false);
-            const LogSumExp sums{reinterpret_cast<const float*>(lse) + at,
-                                 reinterpret_cast<const float*>(lse_low) + at};
-            kernels.gradient_tile(s, kScoreCols, cols, width, v0, p.target + at, p.map, sums,
-                                  reinterpret_cast<const float*>(row_grad) + at, dz, tile, c0, bias_sums + local);
-          }
-          kernels.gemm(dz, tile, b, acc + local * ldd, ldd, cols, H, k_dwords(kernels, n), i > 0);
-        }
-      }
-      if (wave_begin >= wave_end) continue;
-      kernels.store_rows(acc, ldd, wave_end - wave_begin, H, p.weight.type,
-                         reinterpret_cast<char*>(dweight) + wave_begin * H * bytes, H);
-      if (dbias != 0)
-        std::copy(bias_sums, bias_sums + (wave_end - wave_begin), reinterpret_cast<float*>(dbias) + wave_begin);
-    }
-  });
+  const std::vector<float> low(num_rows, 0.0f);
+  WeightGradient gradient;
+  gradient.lse = {reinterpret_cast<const float*>(lse), low.data()};
+  gradient.g = reinterpret_cast<const float*>(row_grad);
+  gradient.dweight = reinterpret_cast<void*>(dweight);
+  gradient.dbias = reinterpret_cast<float*>(dbias);
+  use_large_pages(gradient.dweight, static_cast<size_t>(V * H * bytes_of(p.weight.type)));
+  weight_gradient(p, gradient, num_threads);
 }
 
 void bind(pybind11::module_& module) {
@@ -328,4 +320,4 @@ void bind(pybind11::module_& module) {
 TK_REGISTER(bind);
 
 }  // namespace
-}  // namespace tk
+}  // namespace tk::linear_cross_entropy

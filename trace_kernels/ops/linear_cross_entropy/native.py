@@ -38,7 +38,7 @@ def forward_cpu(
     want_dhidden: bool,
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    (T, H), V = hidden.shape, weight.shape[0]
+    T, H = hidden.shape
     index = kept_rows(target, row_weight, ignore_index)
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     logp, lse = torch.zeros(T), torch.zeros(T)
@@ -46,17 +46,16 @@ def forward_cpu(
     kept = T if index is None else index.numel()
     if want_dhidden and kept < T:
         dhidden.zero_()
-    lse_low = torch.empty(kept)
-    problem = _problem(hidden, weight, bias, target if index is None else target[index], index, softcap, logit_scale)
-    if kept:
-        native().linear_cross_entropy_forward_cpu(
-            *problem.arguments, logp.data_ptr(), lse.data_ptr(), lse_low.data_ptr(),
-            dhidden.data_ptr() if want_dhidden else 0, num_threads(),
-        )  # fmt: skip
-    if not want_dweight:
-        return logp, lse, dhidden, weight.new_empty(0, H), lse.new_empty(0)
-    row_weight = torch.ones(T) if row_weight is None else row_weight
-    dweight, dbias = _backward_weight(problem, V, H, _pick(lse, index), lse_low, _pick(row_weight, index))
+    dweight = weight.new_empty(weight.shape[0] if want_dweight else 0, H)
+    dbias = lse.new_zeros(weight.shape[0] if want_dweight else 0)
+    if not kept:
+        return logp, lse, dhidden, dweight.zero_(), dbias
+    problem = _problem(hidden, weight, bias, _pick(target, index), index, softcap, logit_scale)
+    row_weight = torch.ones(kept) if row_weight is None else _pick(row_weight, index).contiguous()
+    native().linear_cross_entropy_forward_cpu(
+        *problem.arguments, logp.data_ptr(), lse.data_ptr(), dhidden.data_ptr() if want_dhidden else 0,
+        row_weight.data_ptr(), dweight.data_ptr() if want_dweight else 0, _bias_address(bias, dbias), num_threads(),
+    )  # fmt: skip
     return logp, lse, dhidden, dweight, dbias
 
 
@@ -75,9 +74,15 @@ def backward_weight_cpu(
     problem = _problem(
         unit_stride(hidden), unit_stride(weight), bias, _pick(target, index), index, softcap, logit_scale
     )
-    lse = _pick(lse, index)
-    V, H = weight.shape
-    return _backward_weight(problem, V, H, lse, torch.zeros_like(lse), _pick(row_grad, index))
+    lse, row_grad = _pick(lse, index), _pick(row_grad, index).contiguous()
+    dweight, dbias = weight.new_empty(weight.shape), lse.new_zeros(weight.shape[0])
+    if not lse.numel():
+        return dweight.zero_(), dbias
+    native().linear_cross_entropy_backward_weight_cpu(
+        *problem.arguments, lse.data_ptr(), row_grad.data_ptr(), dweight.data_ptr(), _bias_address(bias, dbias),
+        num_threads(),
+    )  # fmt: skip
+    return dweight, dbias
 
 
 class _Problem:
@@ -116,18 +121,8 @@ def _problem(
     return _Problem(arguments, weight, (hidden, weight, bias, target, index))
 
 
-def _backward_weight(
-    problem: _Problem, V: int, H: int, lse: torch.Tensor, lse_low: torch.Tensor, row_grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lse`, `lse_low` and `row_grad` of the rows that count only."""
-    if not lse.numel():
-        return problem.weight.new_zeros(V, H), lse.new_zeros(V)
-    dweight, dbias = problem.weight.new_empty(V, H), lse.new_empty(V)
-    native().linear_cross_entropy_backward_weight_cpu(
-        *problem.arguments, lse.data_ptr(), lse_low.data_ptr(), row_grad.data_ptr(),
-        dweight.data_ptr(), dbias.data_ptr(), num_threads(),
-    )  # fmt: skip
-    return dweight, dbias
+def _bias_address(bias: torch.Tensor | None, dbias: torch.Tensor) -> int:
+    return 0 if bias is None or not dbias.numel() else dbias.data_ptr()
 
 
 def kept_rows(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor | None:
