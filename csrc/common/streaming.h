@@ -18,6 +18,7 @@ struct Plan {
 
 // Scores exist for this many columns at a time, so that they stay in the cache next to the operands.
 inline constexpr int64_t kScoreCols = 256;
+inline constexpr int64_t kScoreStride = c_stride(kScoreCols);
 
 // row_bytes: fp32 gradient of a row (0: none); column_bytes: packed operands of a column. A thread takes 8 MiB of each.
 inline Plan make_plan(int64_t num_rows, int64_t V, int64_t row_bytes, int64_t column_bytes, int threads) {

@@ -17,7 +17,7 @@ namespace tk {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline constexpr int64_t kKC = 256;            // dwords of K per block
+inline constexpr int64_t kKC = 256;            // dwords of K per block: 32 KiB of a panel of B
 inline constexpr int64_t kKS = kKC + 16;       // row stride of packed A, in dwords
 inline constexpr int64_t kKPad = 16;           // K2 is padded to this
 inline constexpr int64_t kRowPad = 32;         // rows of A and C are padded to this
@@ -48,8 +48,9 @@ struct SoftmaxState {
   float* target_slope;  // [rows] softcap'(target)
 };
 
-// Where p = exp(z - max) * softcap' of some rows is kept until the normalisers are known: units of kColPad columns, each
-// [rows, kColPad] in `type`. Unit u starts at element u * unit of `data`; a last unit with fewer columns is `tail`.
+// Where p = exp(z - max) * softcap' of some rows is kept until the normalisers are known: units of kColPad columns,
+// each [rows, kColPad] in `type`. Unit u starts at element u * unit of `data`; a last unit with fewer columns is
+// `tail`.
 struct Stash {
   void* data;
   Type type;  // f32 or bf16
@@ -154,6 +155,8 @@ inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / t
 inline int64_t k_dwords(const TileKernels& kernels, int64_t k) {
   return round_up(kernels.pairs ? (k + 1) / 2 : k, kKPad);
 }
+// Row stride of a C with n columns. Odd in cache lines: with 4096 bytes all rows of a tile would share one set of L1.
+inline constexpr int64_t c_stride(int64_t n) { return (n + kColPad - 1) / kColPad * kColPad + 16; }
 inline int64_t packed_a_dwords(int64_t k2, int64_t rows_a) { return (k2 + kKC - 1) / kKC * rows_a * kKS; }
 
 }  // namespace tk

@@ -86,13 +86,21 @@ void gemm_simd(const uint32_t* a, int64_t rows_a, const uint32_t* b, float* c, i
 }
 
 #if defined(__AMX_BF16__)
+// Addresses, because they may lie past the end: then nothing happens.
+template <bool ForWriting>
+TK_INLINE void fetch(uintptr_t at) {
+  __builtin_prefetch(reinterpret_cast<const void*>(at), ForWriting, ForWriting ? 3 : 2);
+}
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {};
   uint8_t rows[16] = {};
 };
 
-// C of 32 x 32 in four tiles; every step multiplies 32 bf16 of K. Rows of A and C are padded to 32.
+// C of 32 x 32 in four tiles; every step multiplies 32 bf16 of K. Rows of A and C are padded to 32. A panel of B, 32
+// KiB of it, stays in L1 over all rows. Meanwhile the next part of C and of the next panel are fetched: they come from
+// behind L2 (measured: 1.67 instead of 1.5 TFLOP/s).
 inline void gemm_amx(const uint32_t* a, int64_t rows_a, const uint32_t* b, float* c, int64_t ldc, int64_t m, int64_t n,
                      int64_t k2, bool accumulate) {
   TileConfig config;
@@ -102,21 +110,25 @@ inline void gemm_amx(const uint32_t* a, int64_t rows_a, const uint32_t* b, float
   }
   _tile_loadconfig(&config);
   const int64_t k2_padded = round_up(k2, kKPad);
-  const int64_t c_stride = ldc * 4;
+  const int64_t c_bytes = ldc * 4;
   for (int64_t k0 = 0; k0 < k2_padded; k0 += kKC) {
     const int64_t k = k2_padded - k0 < kKC ? k2_padded - k0 : kKC;
     const uint32_t* slab = a + k0 / kKC * rows_a * kKS;
     const bool add = accumulate || k0 > 0;
     for (int64_t n0 = 0; n0 < n; n0 += kNR) {
       const uint32_t* panel = b + (n0 / kNR * k2_padded + k0) * kNR;
-      for (int64_t m0 = 0; m0 < m; m0 += 32) {
+      const int64_t panel_step = k * kNR * 4 / ((m + 31) / 32) / 64 * 64;
+      auto next_panel = reinterpret_cast<uintptr_t>(panel + k2_padded * kNR);
+      for (int64_t m0 = 0; m0 < m; m0 += 32, next_panel += panel_step) {
+        uintptr_t next_b = next_panel;
+        auto next_c = reinterpret_cast<uintptr_t>(c + n0) + (m0 + 32 < m ? (m0 + 32) * c_bytes : kNR * 4);
         const uint32_t *a0 = slab + m0 * kKS, *a1 = a0 + 16 * kKS, *b0 = panel;
         float *c0 = c + m0 * ldc + n0, *c1 = c0 + 16 * ldc;
         if (add) {
-          _tile_loadd(0, c0, c_stride);
-          _tile_loadd(1, c0 + 16, c_stride);
-          _tile_loadd(2, c1, c_stride);
-          _tile_loadd(3, c1 + 16, c_stride);
+          _tile_loadd(0, c0, c_bytes);
+          _tile_loadd(1, c0 + 16, c_bytes);
+          _tile_loadd(2, c1, c_bytes);
+          _tile_loadd(3, c1 + 16, c_bytes);
         } else {
           _tile_zero(0);
           _tile_zero(1);
@@ -128,15 +140,20 @@ inline void gemm_amx(const uint32_t* a, int64_t rows_a, const uint32_t* b, float
           _tile_loadd(6, b0, kNR * 4);
           _tile_loadd(5, a1, kKS * 4);
           _tile_loadd(7, b0 + 16, kNR * 4);
+          for (int i = 0; i < 2; ++i, next_c += c_bytes) {
+            fetch<true>(next_c);
+            fetch<true>(next_c + 64);
+          }
+          for (int i = 0; i < 4; ++i, next_b += 64) fetch<false>(next_b);
           _tile_dpbf16ps(0, 4, 6);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(1, 4, 7);
           _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, c0, c_stride);
-        _tile_stored(1, c0 + 16, c_stride);
-        _tile_stored(2, c1, c_stride);
-        _tile_stored(3, c1 + 16, c_stride);
+        _tile_stored(0, c0, c_bytes);
+        _tile_stored(1, c0 + 16, c_bytes);
+        _tile_stored(2, c1, c_bytes);
+        _tile_stored(3, c1 + 16, c_bytes);
       }
     }
   }

@@ -225,7 +225,8 @@ void unstash(const void* p, Type type, int64_t rows, int64_t cols, const float* 
           total += value[j];
         }
         if constexpr (Pairs) {
-          block[i] = __builtin_convertvector(to_bf16(value[0]), vu) | __builtin_convertvector(to_bf16(value[1]), vu) << 16;
+          block[i] = __builtin_convertvector(to_bf16(value[0]), vu) | __builtin_convertvector(to_bf16(value[1]), vu)
+                                                                          << 16;
         } else {
           block[i] = reinterpret_cast<vu>(value[0]);
         }

@@ -43,7 +43,7 @@ class Forward {
       : p_(p), out_(out), plan_(plan), stashed_(stashed), kernels_(tile_kernels(p.weight.type)) {
     const bool gradient = out_.dhidden != nullptr;
     h2_ = k_dwords(kernels_, p_.H);
-    ldd_ = round_up(p_.H, kColPad);
+    ldd_ = c_stride(p_.H);
     const int64_t rows = plan_.block_rows;
     cols_ = plan_.tile_cols;
     c2_ = k_dwords(kernels_, cols_);
@@ -52,7 +52,7 @@ class Forward {
           {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<float>(rows), memory_.add<float>(rows)});
       for (int m = 0; m < plan_.members; ++m) {
         threads_.push_back({memory_.add<uint32_t>(h2_ * cols_), memory_.add<uint32_t>(gradient ? c2_ * ldd_ : 0),
-                            memory_.add<float>(plan_.tile_rows * kScoreCols),
+                            memory_.add<float>(plan_.tile_rows * kScoreStride),
                             memory_.add<uint32_t>(gradient ? packed_a_dwords(c2_, plan_.tile_rows) : 0),
                             memory_.add<float>(gradient ? rows * ldd_ : 0), memory_.add<float>(rows),
                             memory_.add<float>(rows)});
@@ -147,8 +147,8 @@ class Forward {
       float* accumulated = first || !gradient ? nullptr : d + t0 * ldd_;
       for (int64_t c0 = 0; c0 < cols; c0 += kScoreCols) {
         const int64_t width = std::min(kScoreCols, cols - c0);
-        kernels_.gemm(a + t0 * kKS, block_rows, bt + c0 * h2_, s, kScoreCols, n, width, h2_, false);
-        kernels_.softmax_tile(s, kScoreCols, n, width, v0 + c0, p_.target + r0 + t0, p_.map, state, packed_p,
+        kernels_.gemm(a + t0 * kKS, block_rows, bt + c0 * h2_, s, kScoreStride, n, width, h2_, false);
+        kernels_.softmax_tile(s, kScoreStride, n, width, v0 + c0, p_.target + r0 + t0, p_.map, state, packed_p,
                               plan_.tile_rows, c0, accumulated, ldd_, stash, r0 + t0);
       }
       if (gradient)

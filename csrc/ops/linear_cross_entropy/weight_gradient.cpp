@@ -1,7 +1,7 @@
-// The gradient of the head, a tile of columns at a time in fp32. It needs p, whose normalisers are known after a pass over
-// the whole vocabulary only. So either the forward has left its p in the memory of dweight itself, which has room for H
-// rows of them, and each tile is overwritten by its own gradient (3 products in all); or the logits of the row are
-// computed again, transposed: [v, t], which needs no transposition of p (4 products).
+// The gradient of the head, a tile of columns at a time in fp32. It needs p, whose normalisers are known after a pass
+// over the whole vocabulary only. So either the forward has left its p in the memory of dweight itself, which has room
+// for H rows of them, and each tile is overwritten by its own gradient (3 products in all); or the logits of the row
+// are computed again, transposed: [v, t], which needs no transposition of p (4 products).
 #include <algorithm>
 #include <vector>
 
@@ -19,7 +19,7 @@ class Weight {
       : p_(p), out_(out), kernels_(tile_kernels(p.weight.type)), bytes_(bytes_of(p.weight.type)) {
     const int64_t stashed = out.num_stashed, computed = p.num_rows - stashed;
     h2_ = k_dwords(kernels_, p.H);
-    ldd_ = round_up(p.H, kColPad);
+    ldd_ = c_stride(p.H);
     // Columns of the vocabulary. With few rows the fp32 gradient of the tile is what must stay in the cache.
     tile_ = p.num_rows > 256 ? 256 : std::clamp((int64_t{1} << 17) / p.H / kColPad * kColPad, kColPad, int64_t{256});
     // Rows whose two packings all threads share. Where there are more rows than one chunk, a thread keeps the gradients
@@ -37,9 +37,9 @@ class Weight {
     b_ = memory_.add<uint32_t>(t2_ * ldd_);
     for (int i = 0; i < threads_; ++i)
       own_.push_back({memory_.add<uint32_t>(wave_tiles_ * a_size_),
-                      memory_.add<float>(computed > 0 ? tile_ * kScoreCols : 0),
-                      memory_.add<uint32_t>(packed_a_dwords(t2_, tile_)), memory_.add<float>(wave_tiles_ * tile_ * ldd_),
-                      memory_.add<float>(wave_tiles_ * tile_)});
+                      memory_.add<float>(computed > 0 ? tile_ * kScoreStride : 0),
+                      memory_.add<uint32_t>(packed_a_dwords(t2_, tile_)),
+                      memory_.add<float>(wave_tiles_ * tile_ * ldd_), memory_.add<float>(wave_tiles_ * tile_)});
     memory_.allocate();
   }
 
@@ -127,8 +127,8 @@ class Weight {
     auto* dz = memory_.at<uint32_t>(mine.dz);
     for (int64_t at = rows.begin; at < rows.end; at += kScoreCols) {
       const int64_t c0 = at - rows.begin, width = std::min(kScoreCols, rows.end - at);
-      kernels_.gemm(a, tile_, memory_.at<uint32_t>(bt_) + c0 * h2_, s, kScoreCols, cols, width, h2_, false);
-      kernels_.gradient_tile(s, kScoreCols, cols, width, v0, p_.target + at, p_.map,
+      kernels_.gemm(a, tile_, memory_.at<uint32_t>(bt_) + c0 * h2_, s, kScoreStride, cols, width, h2_, false);
+      kernels_.gradient_tile(s, kScoreStride, cols, width, v0, p_.target + at, p_.map,
                              {out_.lse.high + at, out_.lse.low + at}, out_.g + at, dz, tile_, c0, dbias);
     }
   }

@@ -15,20 +15,10 @@
 #include "common/streaming.h"
 #include "common/tile_kernels.h"
 #include "common/workspace.h"
+#include "ops/linear_kl/problem.h"
 
-namespace tk {
+namespace tk::linear_kl {
 namespace {
-
-struct Side {
-  Rows hidden, weight;
-  int64_t width;
-};
-
-struct Problem {
-  Side policy, ref;
-  int64_t num_rows, V;
-  LogitMap map;
-};
 
 struct Outputs {
   float *kl, *lse, *ref_lse;     // [T]
@@ -45,7 +35,7 @@ class Forward {
     const bool gradient = out_.dhidden != nullptr;
     h2_ = k_dwords(kernels_, p_.policy.width);
     r2_ = k_dwords(ref_kernels_, p_.ref.width);
-    ldd_ = round_up(p_.policy.width, kColPad);
+    ldd_ = c_stride(p_.policy.width);
     plan_ = make_plan(p_.num_rows, p_.V, gradient ? 2 * ldd_ * 4 : 0, (h2_ * (gradient ? 2 : 1) + r2_) * 4, threads);
     plan_.tile_rows = 128;  // policy and reference rows together fill the tile
     const int64_t rows = plan_.block_rows, cols = plan_.tile_cols, c2 = k_dwords(kernels_, cols);
@@ -53,13 +43,13 @@ class Forward {
       groups_.push_back(
           {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<uint32_t>(packed_a_dwords(r2_, rows))});
       for (int m = 0; m < plan_.members; ++m)
-        threads_.push_back(
-            {memory_.add<uint32_t>(h2_ * cols), memory_.add<uint32_t>(r2_ * cols),
-             memory_.add<uint32_t>(gradient ? c2 * ldd_ : 0), memory_.add<float>(plan_.tile_rows * kScoreCols),
-             memory_.add<float>(plan_.tile_rows * kScoreCols),
-             memory_.add<uint32_t>(gradient ? packed_a_dwords(c2, 2 * plan_.tile_rows) : 0),
-             memory_.add<float>(gradient ? rows * ldd_ : 0), memory_.add<float>(gradient ? rows * ldd_ : 0),
-             memory_.add<float>(5 * rows), memory_.add<double>(rows)});
+        threads_.push_back({memory_.add<uint32_t>(h2_ * cols), memory_.add<uint32_t>(r2_ * cols),
+                            memory_.add<uint32_t>(gradient ? c2 * ldd_ : 0),
+                            memory_.add<float>(plan_.tile_rows * kScoreStride),
+                            memory_.add<float>(plan_.tile_rows * kScoreStride),
+                            memory_.add<uint32_t>(gradient ? packed_a_dwords(c2, 2 * plan_.tile_rows) : 0),
+                            memory_.add<float>(gradient ? 2 * round_up(rows, plan_.tile_rows) * ldd_ : 0),
+                            memory_.add<float>(5 * rows), memory_.add<double>(rows)});
     }
     memory_.allocate();
     barriers_ = std::vector<Barrier>(plan_.groups);
@@ -84,7 +74,8 @@ class Forward {
     int64_t a, ref_a;
   };
   struct ThreadMemory {
-    int64_t bt, ref_bt, b, s, ref_s, p, d, ref_d;
+    int64_t bt, ref_bt, b, s, ref_s, p;
+    int64_t d;      // per tile of rows: [2, tile_rows, ldd], of policy and of reference
     int64_t state;  // [5, block_rows]: max, sum, ref_max, ref_sum, ratio
     int64_t cross;
   };
@@ -92,6 +83,10 @@ class Forward {
   const ThreadMemory& memory_of(int group, int member) const { return threads_[group * plan_.members + member]; }
   float* state(const ThreadMemory& mine, int which) const {
     return memory_.at<float>(mine.state) + which * plan_.block_rows;
+  }
+
+  float* gradient_row(const ThreadMemory& mine, int64_t r) const {
+    return memory_.at<float>(mine.d) + (r / plan_.tile_rows * 2 * plan_.tile_rows + r % plan_.tile_rows) * ldd_;
   }
 
   void block(int64_t r0, int64_t rows, int group, int member, int members) {
@@ -132,11 +127,11 @@ class Forward {
     ref_kernels_.pack_bt(rows_from(p_.ref.weight, v0), cols, p_.ref.width, ref_bt);
     for (int64_t t0 = 0; t0 < rows; t0 += tile_rows) {
       const int64_t n = std::min(tile_rows, rows - t0);
-      float* d = gradient ? memory_.at<float>(mine.d) + t0 * ldd_ : nullptr;
-      float* ref_d = gradient ? memory_.at<float>(mine.ref_d) + t0 * ldd_ : nullptr;
+      float* d = gradient ? gradient_row(mine, t0) : nullptr;
+      float* ref_d = gradient ? d + tile_rows * ldd_ : nullptr;
       KlTile scores{memory_.at<float>(mine.s),
                     memory_.at<float>(mine.ref_s),
-                    kScoreCols,
+                    kScoreStride,
                     n,
                     0,
                     p_.map,
@@ -156,16 +151,20 @@ class Forward {
       for (int64_t c0 = 0; c0 < cols; c0 += kScoreCols) {
         scores.cols = std::min(kScoreCols, cols - c0);
         scores.p_offset = c0;
-        kernels_.gemm(memory_.at<uint32_t>(shared.a) + t0 * kKS, plan_.block_rows, bt + c0 * h2_, scores.s, kScoreCols,
-                      n, scores.cols, h2_, false);
+        kernels_.gemm(memory_.at<uint32_t>(shared.a) + t0 * kKS, plan_.block_rows, bt + c0 * h2_, scores.s,
+                      kScoreStride, n, scores.cols, h2_, false);
         ref_kernels_.gemm(memory_.at<uint32_t>(shared.ref_a) + t0 * kKS, plan_.block_rows, ref_bt + c0 * r2_,
-                          scores.ref_s, kScoreCols, n, scores.cols, r2_, false);
+                          scores.ref_s, kScoreStride, n, scores.cols, r2_, false);
         kernels_.kl_tile(scores);
       }
       if (!gradient) continue;
       const int64_t c2 = k_dwords(kernels_, cols);
-      kernels_.gemm(p, 2 * tile_rows, b, d, ldd_, n, H, c2, !first);
-      kernels_.gemm(p + tile_rows * kKS, 2 * tile_rows, b, ref_d, ldd_, n, H, c2, !first);
+      if (n == tile_rows) {
+        kernels_.gemm(p, 2 * tile_rows, b, d, ldd_, 2 * n, H, c2, !first);
+      } else {
+        kernels_.gemm(p, 2 * tile_rows, b, d, ldd_, n, H, c2, !first);
+        kernels_.gemm(p + tile_rows * kKS, 2 * tile_rows, b, ref_d, ldd_, n, H, c2, !first);
+      }
     }
   }
 
@@ -207,9 +206,9 @@ class Forward {
       }
       const double weight = factor / policy.total, ratio = state(part, 4)[r];
       beta[used] = static_cast<float>(scale * weight);
-      parts[used++] = memory_.at<float>(part.d) + r * ldd_;
+      parts[used++] = gradient_row(part, r);
       beta[used] = static_cast<float>(scale * (ratio * weight - ref_factor / ref.total));
-      parts[used++] = memory_.at<float>(part.ref_d) + r * ldd_;
+      parts[used++] = gradient_row(part, r) + plan_.tile_rows * ldd_;
     }
     const int64_t at = p_.policy.hidden.index ? p_.policy.hidden.index[r0 + r] : r0 + r;
     out_.kl[at] = static_cast<float>(cross / ref.total + (std::log(policy.total) - std::log(ref.total)));
@@ -234,85 +233,6 @@ class Forward {
   Workspace memory_;
   std::vector<Barrier> barriers_;
 };
-
-// dweight = sum_t g_t d kl_t / d W with known normalisers, transposed as in linear_cross_entropy: three products.
-void backward_weight(const Problem& p, const LogSumExp& lse, const LogSumExp& ref_lse, const float* g, void* dweight,
-                     int num_threads) {
-  const TileKernels& kernels = tile_kernels(p.policy.weight.type);
-  const TileKernels& ref_kernels = tile_kernels(p.ref.weight.type);
-  constexpr int64_t kChunk = 1024, kTile = 256;  // rows, columns of the vocabulary
-  const int64_t H = p.policy.width, R = p.ref.width, chunk = std::min(kChunk, round_up(p.num_rows, kColPad));
-  const int64_t num_chunks = (p.num_rows + chunk - 1) / chunk;
-  const int64_t h2 = k_dwords(kernels, H), r2 = k_dwords(ref_kernels, R), t2 = k_dwords(kernels, chunk);
-  const int64_t ldd = round_up(H, kColPad);
-  const int threads = static_cast<int>(std::clamp<int64_t>((p.V + kRowPad - 1) / kRowPad, 1, num_threads));
-  Workspace memory;
-  const int64_t bt_at = memory.add<uint32_t>(h2 * chunk * num_chunks);
-  const int64_t ref_bt_at = memory.add<uint32_t>(r2 * chunk * num_chunks);
-  const int64_t b_at = memory.add<uint32_t>(t2 * ldd * num_chunks);
-  struct ThreadMemory {
-    int64_t a, ref_a, s, ref_s, dz, acc;
-  };
-  std::vector<ThreadMemory> own;
-  for (int i = 0; i < threads; ++i)
-    own.push_back({memory.add<uint32_t>(packed_a_dwords(h2, kTile)), memory.add<uint32_t>(packed_a_dwords(r2, kTile)),
-                   memory.add<float>(kTile * kScoreCols), memory.add<float>(kTile * kScoreCols),
-                   memory.add<uint32_t>(packed_a_dwords(t2, kTile)), memory.add<float>(kTile * ldd)});
-  memory.allocate();
-  Barrier barrier;
-  parallel(threads, [&](int thread, int of) {
-    const FlushDenormals flush;
-    for (int64_t item = thread; item < 3 * num_chunks; item += of) {
-      const int64_t i = item / 3, t0 = i * chunk, n = std::min(chunk, p.num_rows - t0);
-      const Rows rows = rows_from(p.policy.hidden, t0);
-      if (item % 3 == 0) kernels.pack_bt(rows, n, H, memory.at<uint32_t>(bt_at) + i * h2 * chunk);
-      if (item % 3 == 1) kernels.pack_b(rows, n, H, memory.at<uint32_t>(b_at) + i * t2 * ldd);
-      if (item % 3 == 2)
-        ref_kernels.pack_bt(rows_from(p.ref.hidden, t0), n, R, memory.at<uint32_t>(ref_bt_at) + i * r2 * chunk);
-    }
-    barrier.wait(of);
-    const ThreadMemory& mine = own[thread];
-    auto* a = memory.at<uint32_t>(mine.a);
-    auto* ref_a = memory.at<uint32_t>(mine.ref_a);
-    auto* dz = memory.at<uint32_t>(mine.dz);
-    auto* acc = memory.at<float>(mine.acc);
-    const Range units = split((p.V + kRowPad - 1) / kRowPad, thread, of);
-    const int64_t end = std::min(units.end * kRowPad, p.V);
-    for (int64_t v0 = units.begin * kRowPad; v0 < end; v0 += kTile) {
-      const int64_t cols = std::min(kTile, end - v0);
-      kernels.pack_a(rows_from(p.policy.weight, v0), cols, round_up(cols, kRowPad), H, kTile, a);
-      ref_kernels.pack_a(rows_from(p.ref.weight, v0), cols, round_up(cols, kRowPad), R, kTile, ref_a);
-      for (int64_t i = 0; i < num_chunks; ++i) {
-        const int64_t t0 = i * chunk, n = std::min(chunk, p.num_rows - t0);
-        for (int64_t c0 = 0; c0 < n; c0 += kScoreCols) {
-          const int64_t at = t0 + c0, width = std::min(kScoreCols, n - c0);
-          auto* s = memory.at<float>(mine.s);
-          auto* ref_s = memory.at<float>(mine.ref_s);
-          kernels.gemm(a, kTile, memory.at<uint32_t>(bt_at) + (i * chunk + c0) * h2, s, kScoreCols, cols, width, h2,
-                       false);
-          ref_kernels.gemm(ref_a, kTile, memory.at<uint32_t>(ref_bt_at) + (i * chunk + c0) * r2, ref_s, kScoreCols,
-                           cols, width, r2, false);
-          kernels.kl_gradient_tile({s,
-                                    ref_s,
-                                    kScoreCols,
-                                    cols,
-                                    width,
-                                    p.map,
-                                    {lse.high + at, lse.low + at},
-                                    {ref_lse.high + at, ref_lse.low + at},
-                                    g + at,
-                                    dz,
-                                    kTile,
-                                    c0});
-        }
-        kernels.gemm(dz, kTile, memory.at<uint32_t>(b_at) + i * t2 * ldd, acc, ldd, cols, H, k_dwords(kernels, n),
-                     i > 0);
-      }
-      const Type type = p.policy.weight.type;
-      kernels.store_rows(acc, ldd, cols, H, type, static_cast<char*>(dweight) + v0 * H * bytes_of(type), H);
-    }
-  });
-}
 
 Side side_of(uintptr_t hidden, uintptr_t weight, int type, int64_t width, int64_t hidden_stride, int64_t weight_stride,
              uintptr_t index) {
@@ -363,7 +283,9 @@ void bind(pybind11::module_& module) {
         const Problem p =
             problem_of(hidden, weight, type, width, hidden_stride, weight_stride, ref_hidden, ref_weight, ref_type,
                        ref_width, ref_hidden_stride, ref_weight_stride, index, num_rows, V, softcap, scale);
-        backward_weight(p, {floats(lse), floats(lse_low)}, {floats(ref_lse), floats(ref_lse_low)}, floats(row_grad),
+        use_large_pages(reinterpret_cast<void*>(dweight),
+                        static_cast<size_t>(V * width * bytes_of(p.policy.weight.type)));
+        weight_gradient(p, {floats(lse), floats(lse_low)}, {floats(ref_lse), floats(ref_lse_low)}, floats(row_grad),
                         reinterpret_cast<void*>(dweight), num_threads);
       },
       release());
@@ -371,4 +293,4 @@ void bind(pybind11::module_& module) {
 TK_REGISTER(bind);
 
 }  // namespace
-}  // namespace tk
+}  // namespace tk::linear_kl
