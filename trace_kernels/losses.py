@@ -181,6 +181,22 @@ def _divide(value: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, 0, value / torch.where(zero, 1, denominator))
 
 
+def scale_weight_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """`scale_stash` by one number, in the stash's own memory where this backward frees the graph anyway.
+
+    A head's gradient is as large as the head: a second one would cost as much memory, and the time to fault it in.
+    """
+    # Anything but a plain tensor is being traced, and a kept graph may come back for the stash.
+    if (
+        type(stash) is not torch.Tensor
+        or stash.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
+        return scale_stash(stash, scale, loss)
+    return stash.zero_() if scale == 0 else stash if scale == 1 else stash.mul_(scale)
+
+
 @torch.library.custom_op("trace_kernels::scale_stash", mutates_args=())
 def scale_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     """A gradient that the forward stored, times what arrives from above, rounded once.

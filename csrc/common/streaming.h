@@ -26,7 +26,9 @@ inline Plan make_plan(int64_t num_rows, int64_t V, int64_t row_bytes, int64_t co
   Plan plan;
   plan.tile_rows = 256;
   const int64_t fitting = row_bytes == 0 ? 2048 : std::max(kBytes / row_bytes / kRowPad * kRowPad, kRowPad);
-  plan.block_rows = std::min(round_up(num_rows, kRowPad), std::min<int64_t>(fitting, 2048));
+  // Equal blocks: each reads and packs the whole of W.
+  const int64_t most = std::min<int64_t>(fitting, 2048), blocks = std::max<int64_t>((num_rows + most - 1) / most, 1);
+  plan.block_rows = round_up((num_rows + blocks - 1) / blocks, kRowPad);
   plan.tile_cols = std::clamp(kBytes / column_bytes / kColPad * kColPad, kColPad, kMaxTileCols);
   // Few rows: the packed tile is used once, and must be in the cache then.
   if (plan.block_rows <= 128) plan.tile_cols = std::min(plan.tile_cols, kScoreCols);

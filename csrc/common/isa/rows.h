@@ -63,6 +63,8 @@ TK_INLINE RowSum row_sum(const void* row, int64_t V, float scale, float cap) {
           z = load<vf>(static_cast<const float*>(row) + at);
         }
         total[i] += exp_vec(z - offset);
+        // The next block meanwhile, which the next search for a maximum would wait for.
+        __builtin_prefetch(static_cast<const char*>(row) + (at + kBlock) * size_of(T), 0, 3);
       }
     }
     for (; c < end; c += kLanes) {
@@ -90,7 +92,9 @@ inline RowSum row_log_sum(Type type, const void* row, int64_t V, float scale, fl
 template <Type T, bool Plain>
 TK_INLINE void row_dz(const void* row, void* out, int64_t V, float scale, float cap, float lse, float g) {
   const vf minus_g = splat(-g), offset = splat(lse);
+  constexpr int64_t kAhead = 4096;  // bytes: the processor's own prefetcher stops at the end of a page
   for (int64_t c = 0; c < V; c += kLanes) {
+    __builtin_prefetch(static_cast<const char*>(row) + c * size_of(T) + kAhead, 0, 3);
     vf slope, z = load_logits<T>(row, c, V);
     if constexpr (!Plain) z = map_logit(z, scale, cap, &slope);
     vf value = exp_vec(z - offset) * minus_g;

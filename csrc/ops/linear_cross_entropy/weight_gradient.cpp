@@ -89,7 +89,8 @@ class Weight {
     if (columns.begin >= columns.end) return;
     kernels_.store_rows(acc, ldd_, columns.end - columns.begin, p_.H, p_.weight.type,
                         static_cast<char*>(out_.dweight) + columns.begin * p_.H * bytes_, p_.H);
-    if (out_.dbias != nullptr) std::copy(dbias, dbias + (columns.end - columns.begin), out_.dbias + columns.begin);
+    if (out_.dbias != nullptr)
+      for (int64_t v = columns.begin; v < columns.end; ++v) out_.dbias[v] = dbias[v - columns.begin];
   }
 
   // In pieces of kColPad rows: panels of bt, and dwords of b, which is one thread's.

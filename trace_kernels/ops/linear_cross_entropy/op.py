@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
             row_grad = grad if row_weight is None else grad * row_weight
             grads[0] = losses.scale_stash(dhidden, row_grad, total)
         if ctx.needs_input_grad[1]:
-            grads[1] = losses.scale_stash(dweight, grad, total)
+            grads[1] = losses.scale_weight_stash(dweight, grad, total)
         if ctx.needs_input_grad[2]:
             grads[2] = losses.scale_stash(dbias, grad, total)
     return tuple(grads)

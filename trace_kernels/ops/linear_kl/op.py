@@ -394,7 +394,7 @@ def _backward_sum(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[t
         if ctx.needs_input_grad[0]:
             grads[0] = losses.scale_stash(dhidden, grad if row_weight is None else grad * row_weight, total)
         if ctx.needs_input_grad[1]:
-            grads[1] = losses.scale_stash(dweight, grad, total)
+            grads[1] = losses.scale_weight_stash(dweight, grad, total)
     return tuple(grads)
 
 
