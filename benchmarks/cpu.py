@@ -208,8 +208,8 @@ def router(rounds: int, quick: bool) -> Iterator[Row]:
 
 
 def memory(rounds: int, quick: bool) -> Iterator[Row]:
-    shapes = [(FP32, 1024, 1024, 32000), (BF16, 1024, 2048, 50304), (BF16, 1024, 1024, 151936), (BF16, 8192, 1024, 32000)]
-    for dtype, *shape in shapes[: 1 if quick else None]:
+    large = [(BF16, 1024, 2048, 50304), (BF16, 1024, 1024, 151936), (BF16, 8192, 1024, 32000)]
+    for dtype, *shape in [(FP32, 1024, 1024, 32000), *large[: 0 if quick else None]]:
         head = Head(dtype, *shape)
         for trainable in (False, True):
             kinds = {"linear_cross_entropy": head.ours(trainable), "linear_kl": functools.partial(head.kl, trainable)}

@@ -84,8 +84,10 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def use_large_pages(fresh: torch.Tensor) -> None:
-    """Asks for large pages behind a large CPU tensor that was not written yet: faulting in small ones takes longer than
-    writing them."""
+    """Asks for large pages behind a large CPU tensor that was not written yet.
+
+    Faulting in small ones takes longer than writing them.
+    """
     module, _ = _load()
     if hasattr(module, "use_large_pages") and fresh.device.type == "cpu" and fresh.nbytes >= 2**23:
         module.use_large_pages(fresh.data_ptr(), fresh.nbytes)
