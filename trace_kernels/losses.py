@@ -193,7 +193,8 @@ def scale_weight_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Ten
         or torch.compiler.is_compiling()
         or torch._C._autograd._get_current_graph_task_keep_graph()
     ):
-        return scale_stash(stash, scale, loss)
+        scaled: torch.Tensor = scale_stash(stash, scale, loss)
+        return scaled
     return stash.zero_() if scale == 0 else stash if scale == 1 else stash.mul_(scale)
 
 

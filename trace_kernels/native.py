@@ -89,5 +89,10 @@ def use_large_pages(fresh: torch.Tensor) -> None:
     Faulting in small ones takes longer than writing them.
     """
     module, _ = _load()
-    if hasattr(module, "use_large_pages") and fresh.device.type == "cpu" and fresh.nbytes >= 2**23:
+    if (
+        module is not None
+        and hasattr(module, "use_large_pages")
+        and fresh.device.type == "cpu"
+        and fresh.nbytes >= 2**23
+    ):
         module.use_large_pages(fresh.data_ptr(), fresh.nbytes)

@@ -37,7 +37,7 @@ class Forward {
     r2_ = k_dwords(ref_kernels_, p_.ref.width);
     ldd_ = c_stride(p_.policy.width);
     plan_ = make_plan(p_.num_rows, p_.V, gradient ? 2 * round_up(p_.policy.width, kColPad) * 4 : 0,
-                      (h2_ * (gradient ? 2 : 1) + r2_) * 4, threads);
+                      (h2_ * (gradient ? 2 : 1) + r2_) * 6, threads);
     plan_.tile_rows = 128;  // policy and reference rows together fill the tile
     const int64_t rows = plan_.block_rows, cols = plan_.tile_cols, c2 = k_dwords(kernels_, cols);
     for (int g = 0; g < plan_.groups; ++g) {

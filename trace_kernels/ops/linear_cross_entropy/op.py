@@ -37,8 +37,8 @@ def linear_cross_entropy(
 
     Logits and losses are float32 whatever the inputs (float64 for float64 inputs). Tokens that are ignored or weigh
     0 cost nothing, and what their rows hold does not matter. With a frozen `weight` the gradient takes two passes over
-    the head in all, with a trainable one three, or four with reduction="none" or a `token_weight` that needs a
-    gradient.
+    the head in all, with a trainable one three (on a CPU four for the rows beyond the H-th), or four with
+    reduction="none" or a `token_weight` that needs a gradient.
 
     Args:
         hidden: [..., H] floating, any leading shape.
