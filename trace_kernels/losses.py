@@ -181,16 +181,25 @@ def _divide(value: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, 0, value / torch.where(zero, 1, denominator))
 
 
-def scale_weight_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """`scale_stash` by one number, in the stash's own memory where this backward frees the graph anyway.
+def lend_stash(total: torch.Tensor) -> None:
+    """Lets the backward of an op that returned `total` overwrite the head's gradient that it stored.
+
+    For callers that drop the op's other outputs: nobody else sees the stash then.
+    """
+    if not torch.compiler.is_compiling() and total.grad_fn is not None:
+        total.grad_fn.stash_is_lent = True  # type: ignore[attr-defined]
+
+
+def scale_weight_stash(ctx: Any, stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """`scale_stash` by one number, in the stash's own memory where it was lent and this backward frees the graph.
 
     A head's gradient is as large as the head: a second one would cost as much memory, and the time to fault it in.
     """
     # Anything but a plain tensor is being traced, and a kept graph may come back for the stash.
     if (
-        type(stash) is not torch.Tensor
+        not getattr(ctx, "stash_is_lent", False)
+        or type(stash) is not torch.Tensor
         or stash.device.type != "cpu"
-        or torch.compiler.is_compiling()
         or torch._C._autograd._get_current_graph_task_keep_graph()
     ):
         scaled: torch.Tensor = scale_stash(stash, scale, loss)

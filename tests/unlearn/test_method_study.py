@@ -175,7 +175,10 @@ def test_docstring_examples(module):
 def test_a_killed_study_goes_on_and_reports(tmp_path):
     output = tmp_path / "study"
     first = arm_file(output, 0, Arm(weights=UNIFORM))
-    process = subprocess.Popen([sys.executable, tiny_study.__file__, str(output)], start_new_session=True)
+    root = Path(__file__).parents[2]  # a script's own folder is on its path, not the one it starts in
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, tiny_study.__file__, str(output)]
+    process = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
         deadline = time.monotonic() + 120
         while not first.exists():

@@ -142,8 +142,7 @@ def test_dpo_prefers_the_alternates(files, tmp_path):
 
 PROGRAM = """
 import json, sys
-from trace_unlearn.train import main
-from trace_unlearn.weights import Calibration
+from trace_unlearn.train import TrainOptions, main
 
 main(TrainOptions(**json.loads(sys.argv[1])))
 """

@@ -97,6 +97,7 @@ def linear_cross_entropy(
             rows, weight, bias, flat_target, weighting.coefficients(), ignore_index, softcap, float(logit_scale),
             needs_gradient(rows), needs_gradient(weight, bias), backend,
         )[0]  # fmt: skip
+        losses.lend_stash(total)
         return -total
     # A weight that needs a gradient needs its token's loss, also when it is 0.
     row_weight = weighting.rows if weighting.known else None
@@ -169,7 +170,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
             row_grad = grad if row_weight is None else grad * row_weight
             grads[0] = losses.scale_stash(dhidden, row_grad, total)
         if ctx.needs_input_grad[1]:
-            grads[1] = losses.scale_weight_stash(dweight, grad, total)
+            grads[1] = losses.scale_weight_stash(ctx, dweight, grad, total)
         if ctx.needs_input_grad[2]:
             grads[2] = losses.scale_stash(dbias, grad, total)
     return tuple(grads)

@@ -137,6 +137,7 @@ def linear_kl(
         total: torch.Tensor = linear_kl_sum(
             rows, weight, ref_rows, ref_weight, coefficients, *options, *wanted, backend
         )[0]
+        losses.lend_stash(total)
         return total
     # A weight that needs a gradient needs its token's loss, also when it is 0.
     row_weight = weighting.rows if weighting.known and weighting.rows is not None else in_mask
@@ -394,7 +395,7 @@ def _backward_sum(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[t
         if ctx.needs_input_grad[0]:
             grads[0] = losses.scale_stash(dhidden, grad if row_weight is None else grad * row_weight, total)
         if ctx.needs_input_grad[1]:
-            grads[1] = losses.scale_weight_stash(dweight, grad, total)
+            grads[1] = losses.scale_weight_stash(ctx, dweight, grad, total)
     return tuple(grads)
 
 
