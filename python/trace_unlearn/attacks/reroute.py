@@ -67,6 +67,15 @@ class ExpertBan:
                 router.forward = before
         self._before.clear()
 
+    @contextlib.contextmanager
+    def during(self, banned: Sequence[Tensor]) -> Iterator[None]:
+        """Bans for the forwards inside, and none afterwards."""
+        self.banned = banned
+        try:
+            yield
+        finally:
+            self.banned = None
+
     def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.banned is None:
             return forward(*args, **kwargs)
@@ -118,11 +127,8 @@ def avoiding(model: PreTrainedModel, pairs: Pairs) -> Iterator[Around]:
 
         @contextlib.contextmanager
         def around(batch: Batch) -> Iterator[None]:
-            ban.banned = masks
-            try:
+            with ban.during(masks):
                 yield
-            finally:
-                ban.banned = None
 
         yield around
 
@@ -148,11 +154,8 @@ def avoiding_chosen(model: PreTrainedModel) -> Iterator[Around]:
                 mask = torch.zeros(len(routes), layer.num_experts + 1, dtype=torch.bool, device=routes.device)
                 masks.append(mask.scatter_(1, chosen.clamp(max=layer.num_experts), True)[:, :-1])
                 _check_left(layer.name, layer.num_experts - routes.shape[2], routes.shape[2])
-            ban.banned = masks
-            try:
+            with ban.during(masks):
                 yield
-            finally:
-                ban.banned = None
 
         yield around
 
