@@ -26,7 +26,8 @@ build() {
     { echo "the instrumented package is not the one that is imported" >&2; exit 1; }
 }
 library() { gcc -print-file-name="$1"; }
-TESTS=(-q -x -n 0 -p no:cacheprovider -c "$ROOT/pyproject.toml" "$ROOT/tests/test_conformance.py")
+# -s: a sanitizer writes its report and ends the process, so pytest could not show what it had captured.
+TESTS=(-q -x -s -n 0 -p no:cacheprovider -c "$ROOT/pyproject.toml" "$ROOT/tests/test_conformance.py")
 
 build address "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 run() {

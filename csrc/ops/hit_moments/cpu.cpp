@@ -23,7 +23,7 @@ inline uint64_t word_at(const uint8_t* row, int64_t at, int64_t bytes) {
   uint64_t word = 0;
   if (at + 8 <= bytes) {
     std::memcpy(&word, row + at, 8);
-  } else {
+  } else if (at < bytes) {
     std::memcpy(&word, row + at, bytes - at);
   }
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
