@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import trace_kernels
 from trace_unlearn import files
-from trace_unlearn.answers import STOPS, answer_scores
+from trace_unlearn.answers import STOPS, rouge_scores
 from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.likelihood import Routes, log_likelihood, routing_shift
@@ -136,16 +136,19 @@ def evaluate_model(
             measures[name] = {"nll": found.nll, "tokens": found.tokens, "rows": len(data)}
             for recital in ("exact_memorization", "extraction_strength"):
                 measures[name][recital] = getattr(found, recital)
-            measures[name] |= answer_scores(
-                model,
-                tokenizer,
-                data,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                max_generations=max_generations,
-                label=name,
-                progress=progress,
-            )
+            if found.answers:
+                measures[name] |= {"answers": found.answers, "fact_accuracy": found.fact_accuracy}
+            if max_new_tokens:
+                measures[name] |= rouge_scores(
+                    model,
+                    tokenizer,
+                    data,
+                    batch_size=batch_size,
+                    max_new_tokens=max_new_tokens,
+                    max_generations=max_generations,
+                    label=name,
+                    progress=progress,
+                )
             if base is not None and found.routes is not None:
                 measures[name]["routing_shift"] = routing_shift(base[name], found.routes)
     return measures

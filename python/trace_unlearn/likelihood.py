@@ -41,8 +41,8 @@ class Likelihood(NamedTuple):
         exact_memorization: where asked for, the mean over rows of `trace_unlearn.metrics.exact_memorization`, without
             the end-of-sequence token.
         extraction_strength: likewise.
-        recited: likewise, the share of rows of which every token is the most likely one; of question data with one
-            answer a row, their fact accuracy.
+        answers: likewise, how many rows have an answer, other than the end-of-sequence token.
+        fact_accuracy: of these, the share whose last answer is all of most likely tokens; None where there are none.
     """
 
     nll: float
@@ -50,7 +50,8 @@ class Likelihood(NamedTuple):
     routes: Routes | None = None
     exact_memorization: float | None = None
     extraction_strength: float | None = None
-    recited: float | None = None
+    answers: int = 0
+    fact_accuracy: float | None = None
 
 
 def log_likelihood(
@@ -72,7 +73,8 @@ def log_likelihood(
         dataset: rows as `load_tokens` gives them.
         batch_size: rows of one forward, in data order.
         keep_routes: for how many tokens to keep the chosen experts; None does not look at them (dense models).
-        recited: whether exact memorisation and extraction strength are measured, for the output layer a second time.
+        recited: whether exact memorisation, extraction strength and fact accuracy are measured, for the output layer a
+            second time.
         eos: the end-of-sequence token, which does not count as recited.
         around: gives for a batch what is entered around its forward.
         label: what the progress bar says.
@@ -81,7 +83,7 @@ def log_likelihood(
     recorder = None if keep_routes is None else RoutingRecorder(model, store_routes=True)
     total, tokens, kept = 0.0, 0, 0
     routes: list[Tensor] = []
-    recitals: list[list[bool]] = []
+    recitals: list[tuple[list[bool], list[bool]]] = []
     with contextlib.ExitStack() as stack:
         predict = stack.enter_context(predictions(model))
         if recorder is not None:
@@ -102,22 +104,30 @@ def log_likelihood(
                 kept += len(routes[-1])
     seen = None if recorder is None else Routes(torch.cat(routes)[:keep_routes], recorder.counts.cpu())
     nll = total / tokens if tokens else float("nan")
-    if not any(recitals):
+    texts = [text for text, _ in recitals if text]
+    if not texts:
         return Likelihood(nll, tokens, seen)
-    exact, strength = (
-        sum(map(measure, recitals)) / len(recitals) for measure in (exact_memorization, extraction_strength)
-    )
-    return Likelihood(nll, tokens, seen, exact, strength, sum(map(all, recitals)) / len(recitals))
+    exact, strength = (sum(map(measure, texts)) / len(texts) for measure in (exact_memorization, extraction_strength))
+    facts = [all(last) for given, (_, last) in zip(dataset["answer"], recitals, strict=True) if given and last]
+    accuracy = sum(facts) / len(facts) if facts else None
+    return Likelihood(nll, tokens, seen, exact, strength, len(facts), accuracy)
 
 
-def _recitals(labels: Tensor, bearing: Tensor, correct: Tensor, eos: int | None) -> Iterator[list[bool]]:
-    """Of each row that has any, whether its loss-bearing tokens are the most likely ones; not of a last `eos`."""
+def _recitals(
+    labels: Tensor, bearing: Tensor, correct: Tensor, eos: int | None
+) -> Iterator[tuple[list[bool], list[bool]]]:
+    """Of each row, whether its loss-bearing tokens are the most likely ones, and of its last answer alone.
+
+    Neither has a last `eos`, and both may be empty. The last answer is the last run of loss-bearing positions.
+    """
     for row, where, right in zip(labels.cpu(), bearing.cpu(), correct.cpu(), strict=True):
         positions = where.nonzero().flatten()
+        gaps = (positions.diff() > 1).nonzero().flatten()
+        start = int(gaps[-1]) + 1 if len(gaps) else 0
         if len(positions) and row[positions[-1] + 1] == eos:
             positions = positions[:-1]
-        if len(positions):
-            yield right[positions].tolist()
+        hits = right[positions].tolist()
+        yield hits, hits[start:]
 
 
 def batches(

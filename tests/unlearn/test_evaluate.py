@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
 
 from trace_unlearn import cli, evaluate, files, predictions
-from trace_unlearn.answers import answer_scores
+from trace_unlearn.answers import rouge_scores
 from trace_unlearn.data import load_tokens
 from trace_unlearn.encoding import Encoder
 from trace_unlearn.errors import UserError
@@ -159,22 +159,23 @@ def test_a_router_loss_in_the_config_does_not_count_and_comes_back(texts):
 # answers
 
 
+def facts(model, data, tokenizer=WORDS):
+    found = log_likelihood(model, data, recited=True, eos=tokenizer.eos_token_id, progress=False)
+    return found.answers, found.fact_accuracy
+
+
 @torch.no_grad()
 def test_fact_accuracy_is_whether_greedy_decoding_gives_the_answer(family, tmp_path):
     model = tiny.model(family, len(WORDS))
     prompts = [{"prompt": text} for text in ("w1 w2 w3 w4", "the capital of w5 is", "w6")]
     right = with_answers(model, prompts)
-    assert answer_scores(model, WORDS, dataset(tmp_path, right), max_new_tokens=0, progress=False) == {
-        "answers": 3,
-        "fact_accuracy": 1.0,
-    }
+    assert facts(model, dataset(tmp_path, right)) == (3, 1.0)
     for position in range(3):
         wrong = json.loads(json.dumps(right))
         words = wrong[1]["completion"].split()
         words[position] = "w40" if words[position] != "w40" else "w41"
         wrong[1]["completion"] = " " + " ".join(words)
-        scores = answer_scores(model, WORDS, dataset(tmp_path, wrong), max_new_tokens=0, progress=False)
-        assert scores["fact_accuracy"] == pytest.approx(2 / 3), position
+        assert facts(model, dataset(tmp_path, wrong)) == (3, pytest.approx(2 / 3)), position
 
 
 @torch.no_grad()
@@ -184,10 +185,8 @@ def test_rouge_by_hand(tmp_path, monkeypatch):
     said = record["completion"].split()
     assert len(said) == 4
     record["completion"] = f" {said[0]} w45 {said[1]} {said[2]} w46 w47"  # 3 of 6 words in order, 4 are generated
-    scores = answer_scores(model, WORDS, dataset(tmp_path, [record]), max_new_tokens=4, progress=False)
+    scores = rouge_scores(model, WORDS, dataset(tmp_path, [record]), max_new_tokens=4, progress=False)
     assert scores == {
-        "answers": 1,
-        "fact_accuracy": 0.0,
         "generated": 1,
         "rouge_l_recall": pytest.approx(3 / 6),
         "rouge_l_f1": pytest.approx(2 * 3 / (6 + 4)),
@@ -204,12 +203,12 @@ def test_generation_is_greedy_whatever_the_checkpoint_configures_and_padding_doe
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.do_sample = True
     before = model.generation_config
-    together = answer_scores(model, WORDS, data, max_new_tokens=5, progress=False)
+    together = rouge_scores(model, WORDS, data, max_new_tokens=5, progress=False)
     assert together["rouge_l_recall"] == 1.0
-    assert together == answer_scores(model, WORDS, data, batch_size=1, max_new_tokens=5, progress=False)
+    assert together == rouge_scores(model, WORDS, data, batch_size=1, max_new_tokens=5, progress=False)
     assert model.generation_config is before
-    limited = answer_scores(model, WORDS, data, max_new_tokens=5, max_generations=2, progress=False)
-    assert (limited["answers"], limited["generated"]) == (3, 2)
+    limited = rouge_scores(model, WORDS, data, max_new_tokens=5, max_generations=2, progress=False)
+    assert limited["generated"] == 2
 
 
 @torch.no_grad()
@@ -220,7 +219,7 @@ def test_what_a_model_says_after_its_answer_is_cut_unless_the_reference_has_it_t
     monkeypatch.setattr(model, "generate", lambda **_: said)
     for answer, f1 in (("w1 w2", 1.0), ("w1 w2\n\nw5", 2 * 2 / (3 + 3))):
         data = dataset(tmp_path, [{"prompt": "w7", "completion": f" {answer}"}])
-        assert answer_scores(model, WORDS, data, progress=False)["rouge_l_f1"] == pytest.approx(f1), answer
+        assert rouge_scores(model, WORDS, data, progress=False)["rouge_l_f1"] == pytest.approx(f1), answer
 
 
 @torch.no_grad()
@@ -235,11 +234,15 @@ def test_only_the_last_answer_of_a_chat_is_asked_for(tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps([{"messages": messages}]))
     data = load_tokens(tmp_path / "chat.json", tokenizer, progress=False)
     assert data[0]["labels"].count(-100) == 3
-    assert answer_scores(model, tokenizer, data, max_new_tokens=0, progress=False)["fact_accuracy"] == 1.0
+    assert facts(model, data, tokenizer) == (1, 1.0)
+    found = log_likelihood(model, data, recited=True, progress=False)
+    assert found.extraction_strength < 1  # the first answer is another
 
 
 def test_plain_texts_have_no_answers(texts):
-    assert answer_scores(tiny.model("mixtral", len(WORDS)), WORDS, texts, progress=False) == {}
+    model = tiny.model("mixtral", len(WORDS))
+    assert facts(model, texts) == (0, None)
+    assert rouge_scores(model, WORDS, texts, progress=False) == {}
 
 
 # routing

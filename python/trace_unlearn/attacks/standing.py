@@ -30,8 +30,8 @@ def standing(
     """What a model knows of each data set, from teacher-forced passes alone.
 
     Returns:
-        For each: nll, exact_memorization and extraction_strength (see `evaluate_model`), and fact_accuracy of question
-        data: the share of rows whose every answer token is the most likely one.
+        For each: nll, exact_memorization, extraction_strength and, of data with answers, fact_accuracy: see
+        `evaluate_model`.
     """
     found: dict[str, dict[str, float]] = {}
     with evaluating(model):
@@ -46,15 +46,15 @@ def standing(
                 label=f"{label}, {name}" if label else name,
                 progress=progress,
             )
-            if seen.exact_memorization is None or seen.extraction_strength is None or seen.recited is None:
+            if seen.exact_memorization is None or seen.extraction_strength is None:
                 raise UserError(f"{name}: nothing in it can be recited: only end-of-sequence tokens bear loss")
             found[name] = {
                 "nll": seen.nll,
                 "exact_memorization": seen.exact_memorization,
                 "extraction_strength": seen.extraction_strength,
             }
-            if all(data["answer"]):
-                found[name]["fact_accuracy"] = seen.recited
+            if seen.fact_accuracy is not None:
+                found[name]["fact_accuracy"] = seen.fact_accuracy
     return found
 
 
