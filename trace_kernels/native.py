@@ -96,3 +96,15 @@ def use_large_pages(fresh: torch.Tensor) -> None:
         and fresh.nbytes >= 2**23
     ):
         module.use_large_pages(fresh.data_ptr(), fresh.nbytes)
+
+
+def empty_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for the gradient of a weight on the CPU, contiguous.
+
+    Large ones come from the gradient of the same size that was freed last, which the compiled module keeps: a fresh
+    mapping costs the time to zero it, or more.
+    """
+    module, _ = _load()
+    if module is None or not hasattr(module, "GradientMemory") or weight.nbytes < 2**23:
+        return weight.new_empty(weight.shape)
+    return torch.frombuffer(module.GradientMemory(weight.nbytes), dtype=weight.dtype).view(weight.shape)

@@ -2,7 +2,7 @@
 
 #include <sys/mman.h>
 
-#include <mutex>
+#include <limits>
 #include <new>
 #include <utility>
 
@@ -12,31 +12,12 @@ namespace tk {
 namespace {
 
 constexpr size_t kPage = size_t{1} << 21;
-constexpr size_t kMostKept = size_t{64} << 20;
-
-struct Kept {
-  std::mutex mutex;
-  Pages pages;
-};
-
-Kept& kept() {
-  static Kept instance;
-  return instance;
-}
 
 void unmap(Pages pages) {
   if (pages.base != nullptr) munmap(pages.base, pages.size);
 }
 
-}  // namespace
-
-Pages take_pages(size_t size) {
-  size = (size + kPage - 1) / kPage * kPage;
-  {
-    Kept& store = kept();
-    const std::lock_guard<std::mutex> lock(store.mutex);
-    if (store.pages.size >= size) return std::exchange(store.pages, {});
-  }
+Pages map_pages(size_t size) {
   // A large page has to start at a multiple of its size.
   void* memory = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -49,22 +30,42 @@ Pages take_pages(size_t size) {
   return {base, size};
 }
 
-void give_pages(Pages pages) {
+}  // namespace
+
+// A process may fork while another of its threads holds the lock, which nobody in the child then releases. So nobody
+// waits for it: whoever does not get it does without the store.
+Pages PageStore::take(size_t size) {
+  size = (size + kPage - 1) / kPage * kPage;
+  if (const std::unique_lock lock(mutex_, std::try_to_lock);
+      lock && (exact_ ? pages_.size == size : pages_.size >= size))
+    return std::exchange(pages_, {});
+  return map_pages(size);
+}
+
+void PageStore::give(Pages pages) {
   if (pages.base == nullptr) return;
 #if defined(MADV_FREE)
-  if (pages.size <= kMostKept && madvise(pages.base, pages.size, MADV_FREE) == 0) {
-    Kept& store = kept();
-    const std::lock_guard<std::mutex> lock(store.mutex);
-    if (store.pages.size < pages.size) std::swap(store.pages, pages);
-  }
+  if (pages.size <= most_ && madvise(pages.base, pages.size, MADV_FREE) == 0)
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) std::swap(pages_, pages);
 #endif
   unmap(pages);
 }
 
-void release_pages() {
-  Kept& store = kept();
-  const std::lock_guard<std::mutex> lock(store.mutex);
-  unmap(std::exchange(store.pages, {}));
+void PageStore::release() {
+  Pages pages;
+  if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) std::swap(pages_, pages);
+  unmap(pages);
+}
+
+// Never destroyed: memory may be given back while the process ends.
+PageStore& scratch_store() {
+  static auto* store = new PageStore(size_t{64} << 20, false);
+  return *store;
+}
+
+PageStore& gradient_store() {
+  static auto* store = new PageStore(std::numeric_limits<size_t>::max(), true);
+  return *store;
 }
 
 void use_large_pages(void* start, size_t size) {
@@ -80,8 +81,31 @@ void use_large_pages(void* start, size_t size) {
 
 namespace {
 
+// What torch.frombuffer makes a tensor of: the memory of a head's gradient.
+class GradientMemory {
+ public:
+  explicit GradientMemory(size_t size) : size_(size), pages_(gradient_store().take(size)) {}
+  GradientMemory(const GradientMemory&) = delete;
+  GradientMemory& operator=(const GradientMemory&) = delete;
+  ~GradientMemory() { gradient_store().give(pages_); }
+
+  pybind11::buffer_info info() const {
+    return {pages_.base, 1, pybind11::format_descriptor<uint8_t>::format(), static_cast<pybind11::ssize_t>(size_)};
+  }
+
+ private:
+  size_t size_;
+  Pages pages_;
+};
+
 void bind(pybind11::module_& module) {
-  module.def("release_workspace", &release_pages);
+  pybind11::class_<GradientMemory>(module, "GradientMemory", pybind11::buffer_protocol())
+      .def(pybind11::init<size_t>())
+      .def_buffer(&GradientMemory::info);
+  module.def("release_workspace", [] {
+    scratch_store().release();
+    gradient_store().release();
+  });
   module.def("use_large_pages",
              [](uintptr_t start, size_t size) { use_large_pages(reinterpret_cast<void*>(start), size); });
 }

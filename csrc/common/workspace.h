@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -12,17 +13,34 @@
 
 namespace tk {
 
-// Memory of a call, in large pages where the system grants them: a page fault per 4 KiB would cost a few percent of a
-// call. The last mapping is kept for the next call (the kernel zeroes fresh pages, which costs as much as a tenth of a
-// call), marked as free: the system takes its pages back when it needs them.
+// Memory in large pages where the system grants them: a page fault per 4 KiB would cost a few percent of a call.
 struct Pages {
   char* base = nullptr;
   size_t size = 0;
 };
-Pages take_pages(size_t size);
-void give_pages(Pages pages);
-// Unmaps what is kept.
-void release_pages();
+
+// Keeps the mapping that was last given back for the next call, marked as free: the system takes its pages when it
+// needs them. Fresh pages are zeroed first, which costs as much as a tenth of a call, and half of one in a virtual
+// machine whose host takes free pages back.
+class PageStore {
+ public:
+  // most: bytes of the largest mapping that is kept. exact: a kept one serves its own size only.
+  PageStore(size_t most, bool exact) : most_(most), exact_(exact) {}
+  Pages take(size_t size);
+  void give(Pages pages);
+  // Unmaps what is kept.
+  void release();
+
+ private:
+  const size_t most_;
+  const bool exact_;
+  std::mutex mutex_;
+  Pages pages_;
+};
+
+// Of the scratch memory of calls, and of gradients of a head: as large as the head, and of one size from step to step.
+PageStore& scratch_store();
+PageStore& gradient_store();
 // Asks for large pages behind [start, start + size) before it is first written.
 void use_large_pages(void* start, size_t size);
 
@@ -32,7 +50,7 @@ class Workspace {
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { give_pages(pages_); }
+  ~Workspace() { scratch_store().give(pages_); }
 
   // Sizes are declared first, all memory is taken at once, then addresses are read.
   template <typename T>
@@ -42,7 +60,7 @@ class Workspace {
     return at;
   }
   void allocate() {
-    if (size_ != 0) pages_ = take_pages(size_);
+    if (size_ != 0) pages_ = scratch_store().take(size_);
   }
   template <typename T>
   T* at(int64_t offset) const {

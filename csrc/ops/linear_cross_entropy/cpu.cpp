@@ -271,7 +271,6 @@ void forward_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows,
   out.lse_high = sums.data();
   out.lse_low = out.lse_high + num_rows;
   out.g = reinterpret_cast<const float*>(row_grad);
-  use_large_pages(reinterpret_cast<void*>(dweight), static_cast<size_t>(V * H * bytes_of(p.weight.type)));
   if (const int64_t most = stashable_rows(p, &plan); most > 0) {
     values.resize((num_threads + 1) * most);
     tail.resize(most * kColPad);
@@ -308,7 +307,6 @@ void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t n
   gradient.g = reinterpret_cast<const float*>(row_grad);
   gradient.dweight = reinterpret_cast<void*>(dweight);
   gradient.dbias = reinterpret_cast<float*>(dbias);
-  use_large_pages(gradient.dweight, static_cast<size_t>(V * H * bytes_of(p.weight.type)));
   weight_gradient(p, gradient, num_threads);
 }
 

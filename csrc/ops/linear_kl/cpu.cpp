@@ -284,8 +284,6 @@ void bind(pybind11::module_& module) {
         const Problem p =
             problem_of(hidden, weight, type, width, hidden_stride, weight_stride, ref_hidden, ref_weight, ref_type,
                        ref_width, ref_hidden_stride, ref_weight_stride, index, num_rows, V, softcap, scale);
-        use_large_pages(reinterpret_cast<void*>(dweight),
-                        static_cast<size_t>(V * width * bytes_of(p.policy.weight.type)));
         weight_gradient(p, {floats(lse), floats(lse_low)}, {floats(ref_lse), floats(ref_lse_low)}, floats(row_grad),
                         reinterpret_cast<void*>(dweight), num_threads);
       },

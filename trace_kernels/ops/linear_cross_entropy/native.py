@@ -7,7 +7,7 @@ import functools
 import torch
 
 from trace_kernels import native as compiled
-from trace_kernels.native import address, native, num_threads
+from trace_kernels.native import address, empty_gradient, native, num_threads
 
 __all__ = ["backward_weight_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
 
@@ -46,7 +46,7 @@ def forward_cpu(
     kept = T if index is None else index.numel()
     if want_dhidden and kept < T:
         dhidden.zero_()
-    dweight = weight.new_empty(weight.shape[0] if want_dweight else 0, H)
+    dweight = empty_gradient(weight) if want_dweight else weight.new_empty(0, H)
     dbias = lse.new_zeros(weight.shape[0] if want_dweight else 0)
     if not kept:
         return logp, lse, dhidden, dweight.zero_(), dbias
@@ -75,7 +75,7 @@ def backward_weight_cpu(
         unit_stride(hidden), unit_stride(weight), bias, _pick(target, index), index, softcap, logit_scale
     )
     lse, row_grad = _pick(lse, index), _pick(row_grad, index).contiguous()
-    dweight, dbias = weight.new_empty(weight.shape), lse.new_zeros(weight.shape[0])
+    dweight, dbias = empty_gradient(weight), lse.new_zeros(weight.shape[0])
     if not lse.numel():
         return dweight.zero_(), dbias
     native().linear_cross_entropy_backward_weight_cpu(

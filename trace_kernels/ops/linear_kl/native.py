@@ -7,7 +7,7 @@ import functools
 import torch
 
 from trace_kernels import native as compiled
-from trace_kernels.native import address, native, num_threads
+from trace_kernels.native import address, empty_gradient, native, num_threads
 from trace_kernels.ops.linear_cross_entropy.native import TYPES, unit_stride
 
 __all__ = ["backward_weight_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
@@ -91,7 +91,7 @@ def _backward_weight(
     weight = matrices[1]
     if not row_grad.numel():
         return weight.new_zeros(weight.shape)
-    dweight = weight.new_empty(weight.shape)
+    dweight = empty_gradient(weight)
     native().linear_kl_backward_weight_cpu(
         *_problem(matrices, index, row_grad.numel(), softcap, logit_scale),
         *(values.data_ptr() for values in sums), row_grad.data_ptr(), dweight.data_ptr(), num_threads(),
