@@ -16,6 +16,10 @@ def mark_complete(folder: Path) -> None:
     write_json(folder / MARKER, {"step": _step(folder)})
 
 
+def is_complete(folder: Path) -> bool:
+    return (folder / MARKER).exists()
+
+
 def remove(folder: Path) -> None:
     """Removes a checkpoint; one that a kill leaves half-removed does not count."""
     (folder / MARKER).unlink(missing_ok=True)
@@ -27,16 +31,16 @@ def last_complete(run: Path, *, remove_partial: bool = False) -> Path | None:
     found = _checkpoints(run)
     if remove_partial:
         for folder in found:
-            if not (folder / MARKER).exists():
+            if not is_complete(folder):
                 remove(folder)
-    return next((folder for folder in reversed(found) if (folder / MARKER).exists()), None)
+    return next((folder for folder in reversed(found) if is_complete(folder)), None)
 
 
 def rotate(run: Path, limit: int | None, keep: str | None) -> None:
     """Removes the oldest complete checkpoints beyond `limit`, never `keep`."""
     if not limit or limit < 0:
         return
-    complete = [folder for folder in _checkpoints(run) if (folder / MARKER).exists()]
+    complete = [folder for folder in _checkpoints(run) if is_complete(folder)]
     for folder in complete[:-limit]:
         if keep is None or folder.resolve() != Path(keep).resolve():
             remove(folder)

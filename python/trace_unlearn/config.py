@@ -10,6 +10,13 @@ from trace_unlearn.objectives import OBJECTIVES, Objective
 
 WEIGHTINGS = ("reference", "live", "uniform")
 RETAIN_LOSSES = ("nll", "kl")
+# What is measured for each of these limits.
+_LIMITS = {
+    "stop_forget_nll": ("forget",),
+    "stop_retain_nll": ("retain",),
+    "stop_retain_increase": ("retain",),
+    "best_forget_nll": ("forget", "retain"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +46,13 @@ class TraceConfig:
         anchor_experts: the (decoder layer, expert) pairs of the anchor.
         stop_forget_nll: training stops once the forget documents' mean loss has risen to so many nats a token; None
             for never.
-        stop_retain_nll: likewise of the retain documents: too much was lost.
+        stop_retain_nll: likewise of held-out retain documents: too much was lost.
+        stop_retain_increase: likewise, but so many nats above the original model's.
         stop_every: steps between two measures.
         stop_documents: they are taken on the first so many documents of a set.
+        best_forget_nll: the result is not the last model but the best checkpoint: of those whose forget documents'
+            mean loss is at least this, the one with the lowest loss of held-out retain documents; where none is, the
+            one with the highest forget loss. None for the last.
     """
 
     objective: str = "grad_diff"
@@ -59,8 +70,10 @@ class TraceConfig:
     anchor_experts: tuple[tuple[int, int], ...] = ()
     stop_forget_nll: float | None = None
     stop_retain_nll: float | None = None
+    stop_retain_increase: float | None = None
     stop_every: int = 10
     stop_documents: int = 64
+    best_forget_nll: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -83,12 +96,18 @@ class TraceConfig:
         for name in ("retain_per_forget", "stop_every", "stop_documents"):
             if (count := getattr(self, name)) < 1:
                 raise UserError(f"{name}: got {count}, allowed are integers from 1")
-        for name, needed in (("forget", self.needs["forget"]), ("retain", self.needs["retain"])):
-            limit = getattr(self, f"stop_{name}_nll")
+        for name, measured in _LIMITS.items():
+            limit = getattr(self, name)
             if limit is not None and not (math.isfinite(limit) and limit > 0):
-                raise UserError(f"stop_{name}_nll: got {limit}, allowed are finite numbers above 0")
-            if limit is not None and (not needed or self.method.on_hidden_states):
-                raise UserError(f"stop_{name}_nll: got {limit}, but objective {self.objective!r} measures no such loss")
+                raise UserError(f"{name}: got {limit}, allowed are finite numbers above 0")
+            if limit is not None and (self.method.on_hidden_states or not all(self.needs[which] for which in measured)):
+                raise UserError(f"{name}: got {limit}, but objective {self.objective!r} measures no such loss")
+        stop, best = self.stop_forget_nll, self.best_forget_nll
+        if stop is not None and best is not None and stop <= best:
+            raise UserError(
+                f"best_forget_nll: got {best}, allowed is less than stop_forget_nll, {stop}, where training stops: "
+                "else there is nothing to choose from"
+            )
         if self.layer is not None and self.layer < 0:
             raise UserError(f"layer: got {self.layer}, allowed are integers from 0")
         if self.retain_loss == "kl" and (self.method.on_hidden_states or not self.method.uses_retain):
@@ -115,3 +134,18 @@ class TraceConfig:
     def routes_weigh(self) -> bool:
         """Whether retain tokens are weighed by routing."""
         return self.weighting != "uniform" and self.method.uses_retain and self.method.forget_loss is not None
+
+    @property
+    def stops(self) -> bool:
+        """Whether training may stop early."""
+        return any(getattr(self, name) is not None for name in _LIMITS if name != "best_forget_nll")
+
+    @property
+    def measures_forget(self) -> bool:
+        """Whether the forget documents' loss is measured."""
+        return self.stop_forget_nll is not None or self.best_forget_nll is not None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the loss of held-out retain documents is measured."""
+        return any(getattr(self, name) is not None for name, measured in _LIMITS.items() if "retain" in measured)

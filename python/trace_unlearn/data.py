@@ -227,6 +227,16 @@ def check_disjoint(forget: datasets.Dataset, retain: datasets.Dataset) -> int:
     return shared
 
 
+def check_held_out(held_out: datasets.Dataset, retain: datasets.Dataset) -> None:
+    """UserError when a held-out row is among those that are trained on (same input_ids)."""
+    retained = _row_hashes(retain)
+    shared = sum(row in retained for row in _row_hashes(held_out).elements())
+    if shared:
+        raise UserError(
+            f"retain_eval: {shared} of its {len(held_out)} rows are in retain too; leave them out of one of the two"
+        )
+
+
 def _row_hashes(dataset: datasets.Dataset) -> Counter[bytes]:
     hashes: Counter[bytes] = Counter()
     for batch in dataset.select_columns(["input_ids"]).with_format("numpy").iter(batch_size=1000):

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
 from trace_unlearn.weights import Calibration, attach_weights
+
+
+def check_arguments(args: TrainingArguments, config: TraceConfig) -> None:
+    """UserError for what would not do what the method says."""
+    if config.best_forget_nll is not None:
+        if (strategy := SaveStrategy(args.save_strategy)) not in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
+            raise UserError(
+                f"save_strategy: got {strategy.value!r}, allowed with best_forget_nll: steps, epoch: it chooses one of "
+                "the checkpoints"
+            )
+        if args.load_best_model_at_end:
+            raise UserError("load_best_model_at_end: got True with best_forget_nll; give one of the two rules")
+    for name, reason in (
+        ("auto_find_batch_size", "the documents of a step would depend on the memory; set the batch size"),
+        ("label_smoothing_factor", "the loss is the method's own"),
+        ("use_liger_kernel", "the model's loss is fused already, without logits"),
+    ):
+        if getattr(args, name):
+            raise UserError(f"{name}: got {getattr(args, name)}, allowed is to leave it unset: {reason}")
 
 
 def used_sets(config: TraceConfig, **sets: datasets.Dataset | None) -> list[datasets.Dataset | None]:
@@ -32,6 +52,32 @@ def weighted(retain: datasets.Dataset, config: TraceConfig, calibration: Calibra
             "attach_weights); weighting 'uniform' needs none"
         )
     return retain
+
+
+def held_out(
+    retain: datasets.Dataset | None, given: datasets.Dataset | None, config: TraceConfig
+) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
+    """The retain documents to train on, and those to measure on, where the configuration measures any.
+
+    Where none are given, a tenth of the retain set, `config.stop_documents` at most, is held out: every n-th document.
+    """
+    if not config.holds_out:
+        if given is not None:
+            raise UserError(
+                "retain_eval: got documents, but nothing is measured on them; give stop_retain_increase, "
+                "stop_retain_nll or best_forget_nll as well"
+            )
+        return retain, None
+    assert retain is not None
+    if given is not None:
+        if len(given) == 0:
+            raise UserError("retain_eval: got no document, allowed is at least one")
+        return retain, given
+    if len(retain) < 2:
+        raise UserError("retain: got 1 document, allowed are two, of which one is held out, or one and retain_eval")
+    step = len(retain) // min(config.stop_documents, max(1, len(retain) // 10))
+    out = set(range(step - 1, len(retain), step)[: config.stop_documents])
+    return retain.select([i for i in range(len(retain)) if i not in out]), retain.select(sorted(out))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:

@@ -77,6 +77,7 @@ def model_card(run_facts: Mapping[str, Any]) -> str:
         f"# {_name(base)}, {'fine-tuned' if tuned else 'unlearned'}\n",
         _opening(base, facts, tuned),
         _method(objective, config, facts),
+        _checkpoint(facts.get("best"), config),
         _calibration(facts.get("calibration")),
         _data(facts, options),
         _evaluation(facts.get("evaluation"), base),
@@ -141,6 +142,25 @@ def _method(objective: str, config: Mapping[str, Any], facts: Mapping[str, Any])
     return "\n".join([*lines, ""])
 
 
+def _checkpoint(best: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
+    if not best:
+        return ""
+    limit = f"{config.get('best_forget_nll')} nats a token on the forget documents"
+    rule = (
+        f"of the checkpoints with a mean loss of at least {limit}, the one with the lowest on held-out retain documents"
+    )
+    if not best["reached"]:
+        rule = f"no checkpoint came to a mean loss of {limit}, and this is the one that came closest"
+    rows = [
+        [f"{name}, nats a token", best[f"original_{measure}"], best[measure]]
+        for name, measure in (("forget documents", "forget_nll"), ("held-out retain documents", "retain_nll"))
+    ]
+    return (
+        f"## Which checkpoint\n\nThe model after {best['step']:,} of {best['trained_steps']:,} steps: {rule}.\n\n"
+        + _table(["", "original model", "this model"], rows)
+    )
+
+
 def _calibration(calibration: Mapping[str, Any] | None) -> str:
     if not calibration:
         return ""
@@ -161,7 +181,7 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
 def _data(facts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     rows = [
         [name, _name(str(options.get(name))), facts[f"{name}_fingerprint"]]
-        for name in ("forget", "retain", "alternate")
+        for name in ("forget", "retain", "alternate", "retain_eval")
         if facts.get(f"{name}_fingerprint")
     ]
     if not rows:
@@ -202,7 +222,7 @@ def _attacks(attacks: Mapping[str, Any] | None) -> str:
 
 
 def _choices(facts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    paths = ("model", "forget", "retain", "alternate", "calibration", "profile")
+    paths = ("model", "forget", "retain", "alternate", "retain_eval", "calibration", "profile")
     told = {name: _name(str(value)) if name in paths else value for name, value in options.items() if value is not None}
     flat = flatten({**told, "versions": facts.get("versions") or {}})
     rows = [[name, value] for name, value in flat.items() if value != "" and not name.endswith("token")]

@@ -78,6 +78,7 @@ class Plan:
     activations: int  # an estimate
     logits_avoided: int  # of a plain loss: float32 logits and their gradient
     reference_avoided: int  # a second model
+    checkpoint: int  # on disk, of all processes: one checkpoint to resume from
 
     @property
     def total(self) -> int:
@@ -101,6 +102,7 @@ def main(options: PlanOptions, say: Callable[[str], None] = print) -> None:
         (f"there is ({device})", memory),
         ("not needed here: a plain loss's logits", plan.logits_avoided),
         ("not needed here: a reference model", plan.reference_avoided),
+        ("on disk: a checkpoint to resume from", plan.checkpoint),
     ):
         say(f"  {name:<40}{value / GB:10.2f} GB")
     if plan.total <= memory:
@@ -158,6 +160,8 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
     layer = max(sum(p.numel() * p.element_size() for p in child.parameters()) for child in layers)
     head = max(p.numel() * p.element_size() for p in parameters if p.dim() == 2)
     communication = {"none": 0, "ddp": gradients, "zero2": 0}.get(options.sharding, 2 * layer + head)
+    saved = sum(p.numel() * p.element_size() for p in (trained if options.lora_rank else parameters))
+    checkpoint = saved + optimizer
     share = options.processes
     weights, gradients, optimizer = (
         -(-size // share) if options.sharding in shardings else size
@@ -183,6 +187,7 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
         sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         if needs_reference
         else 0,
+        checkpoint,
     )
 
 

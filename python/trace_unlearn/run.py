@@ -284,8 +284,11 @@ def _steps(options: RunOptions) -> list[Step]:
 
 
 def _read_besides(verb: str, options: Any) -> dict[str, str]:
-    """Digests of what the sections of evaluate and attack name."""
+    """Digests of what the sections name besides the run's own data."""
     sources: dict[str, str] = {}
+    if verb == "train":
+        given = {name: getattr(options, name) for name in ("alternate", "retain_eval")}
+        sources |= {name: source for name, source in given.items() if source is not None}
     if verb == "evaluate":
         sources |= {f"others.{name}": source for name, source in options.others.items()}
         sources |= {"retrained": options.retrained} if options.retrained is not None else {}

@@ -23,7 +23,7 @@ import trace_kernels
 from trace_unlearn import files
 from trace_unlearn.checkpoints import last_complete
 from trace_unlearn.config import TraceConfig
-from trace_unlearn.data import check_disjoint, fingerprint, load_tokens
+from trace_unlearn.data import check_disjoint, check_held_out, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import chosen_experts, train_experts
 from trace_unlearn.model import check_inputs, load_model, load_tokenizer
@@ -38,7 +38,7 @@ __all__ = ["TrainOptions", "check", "main"]
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"  # in the folder of a run under way: what it depends on
-# What a resumed run may change: it does not touch the result.
+# What a resumed run may change: it does not touch the result (but save_steps does where a checkpoint is chosen).
 _FREE = ("output", "log_steps", "save_steps", "keep_checkpoints", "device")
 
 
@@ -48,7 +48,7 @@ class _Inputs:
 
     config: TraceConfig
     tokenizer: PreTrainedTokenizerBase
-    sets: dict[str, datasets.Dataset]  # forget, retain, alternate: those that the objective uses
+    sets: dict[str, datasets.Dataset]  # forget, retain, alternate, retain_eval: those that are used
     calibration: Calibration | None
     facts: dict[str, Any]  # what the run depends on
 
@@ -106,22 +106,27 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     if options.calibration is not None and config.routes_weigh:
         calibration, digest = Calibration.load(options.calibration), _digest(Path(options.calibration))
     limits = {"forget": options.forget_limit, "retain": options.retain_limit, "alternate": options.forget_limit}
+    limits["retain_eval"] = options.stop_documents
+    needs = {**config.needs, "retain_eval": options.retain_eval is not None}
     sets = {
         name: load_tokens(getattr(options, name), tokenizer, max_length=options.max_length, limit=limits[name])
-        for name, needed in config.needs.items()
+        for name, needed in needs.items()
         if needed
     }
     if "forget" in sets and "retain" in sets:
         check_disjoint(sets["forget"], sets["retain"])
+    if "retain_eval" in sets:
+        check_held_out(sets["retain_eval"], sets["retain"])
     if "alternate" in sets:
         check_alternates(sets["forget"], sets["alternate"])
     prints = {f"{name}_fingerprint": fingerprint(documents) for name, documents in sets.items()}
     if calibration is not None:
         _check_calibration(options, calibration, model_config.model_type, prints["forget_fingerprint"])
         sets["retain"] = attach_weights(sets["retain"], calibration)
+    free = {*_FREE} - ({"save_steps"} if config.best_forget_nll is not None else set())
     facts = {
         "method": _method(config, calibration is not None),
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in free},
         **prints,
         "experts": [list(pair) for pair in config.anchor_experts],
         "calibration": None

@@ -51,9 +51,15 @@ class TrainOptions:
             or "uniform" (no TRACE).
         retain_per_forget: retain documents a forget document.
         stop_forget_nll: stop once the mean loss of forget tokens has risen to this many nats; never by default.
-        stop_retain_nll: stop once that of retain tokens has.
+        stop_retain_nll: stop once that of held-out retain tokens has.
+        stop_retain_increase: stop once that of held-out retain tokens has risen by so many nats.
         stop_every: steps between two measures of them.
         stop_documents: the measures take the first so many documents of a set.
+        best_forget_nll: write the best checkpoint instead of the last model: of those whose forget tokens have at least
+            this mean loss, the one with the lowest loss of held-out retain tokens; where none has, the one that forgot
+            most. One is chosen from every save_steps steps; the best one and the last keep_checkpoints stay on disk.
+        retain_eval: retain data to measure on and not to train on, for the options above; by default a tenth of retain
+            (stop_documents at most) is held out.
         max_length: the most tokens of a document; as in `profile`.
         forget_limit: use only that many forget documents; as in `profile`.
         retain_limit: use only that many retain documents; as in `profile`.
@@ -105,8 +111,11 @@ class TrainOptions:
     retain_per_forget: int = 1
     stop_forget_nll: float | None = None
     stop_retain_nll: float | None = None
+    stop_retain_increase: float | None = None
     stop_every: int = 10
     stop_documents: int = 64
+    best_forget_nll: float | None = None
+    retain_eval: str | None = None
     max_length: int = 512
     forget_limit: int | None = None
     retain_limit: int | None = None
@@ -147,6 +156,13 @@ def check(options: TrainOptions) -> TraceConfig:
     for name, needed in config.needs.items():
         if needed and getattr(options, name) is None:
             raise UserError(f"{name}: got none, but objective {config.objective!r} needs it")
+    if options.retain_eval is not None and not config.holds_out:
+        raise UserError(
+            f"retain_eval: got {options.retain_eval!r}, but nothing is measured on it; give stop_retain_increase, "
+            "stop_retain_nll or best_forget_nll as well"
+        )
+    if config.best_forget_nll is not None and not options.save_steps:
+        raise UserError("save_steps: got 0, but best_forget_nll chooses one of the checkpoints")
     if config.routes_weigh and options.calibration is None:
         raise UserError(
             f"calibration: got none, but weighting {config.weighting!r} needs the folder that calibrate wrote"

@@ -24,7 +24,7 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import check_masks
 from trace_unlearn.files import PathLike, staged_folder, write_json, write_text
 from trace_unlearn.forward import Forward, ReferenceRows, Seen
-from trace_unlearn.given import pad_token_id, used_sets, weighted
+from trace_unlearn.given import check_arguments, held_out, pad_token_id, used_sets, weighted
 from trace_unlearn.live import LiveWeights
 from trace_unlearn.log_window import LogWindow
 from trace_unlearn.model_card import model_card
@@ -75,6 +75,8 @@ class TraceTrainer(Trainer):
         forget, retain: tokenised datasets, see `data.load_tokens`. A column token_weight of retain is used with
             weighting="reference" when no `calibration` is given. What the objective does not use may be None.
         alternate: for "dpo": for each forget document the one to prefer, in the same order.
+        retain_eval: tokenised retain documents that are not in retain: what is kept is measured on them, where the
+            configuration stops by it or chooses the best checkpoint. By default some of retain are held out.
         calibration: the Calibration of this retain set; needed for weighting="live".
         processing_class: the tokenizer; saved with the checkpoints.
         callbacks, optimizers: as in Trainer.
@@ -109,18 +111,20 @@ class TraceTrainer(Trainer):
         forget: datasets.Dataset | None = None,
         retain: datasets.Dataset | None = None,
         alternate: datasets.Dataset | None = None,
+        retain_eval: datasets.Dataset | None = None,
         calibration: Calibration | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **options: Any,
     ) -> None:
-        _check_arguments(args)
-        self._run_folder = Path(str(args.output_dir))
         self.trace_config = config = config or TraceConfig()
+        check_arguments(args, config)
+        self._run_folder, self._checkpoint_limit = Path(str(args.output_dir)), args.save_total_limit
         self.calibration = calibration
         forget, retain, alternate = used_sets(config, forget=forget, retain=retain, alternate=alternate)
         if retain is not None:
             retain = weighted(retain, config, calibration)
+        retain, measured = held_out(retain, retain_eval, config)
         self._forward = Forward(model, config)
         self._forward.freeze_unused()
         weighed_live = config.routes_weigh and config.weighting == "live"
@@ -140,8 +144,7 @@ class TraceTrainer(Trainer):
         )
         self._sampler = PositionSampler(self.pairs)
         collator = PairCollator(pad_token_id(processing_class, model))
-        sets = {"forget": forget, "retain": retain}
-        self._early_stop = EarlyStop(config, sets, collator.pad_token_id)
+        self._early_stop = EarlyStop(config, forget, measured, collator.pad_token_id)
         self._original = Original(model, config, self._forward, forget, retain, alternate, collator.pad_token_id, args)
         super().__init__(
             model,
@@ -173,23 +176,54 @@ class TraceTrainer(Trainer):
                 found = checkpoints.last_complete(self._run_folder, remove_partial=self.args.should_save)
             resume_from_checkpoint = None if found is None else str(found)
         nothing = contextlib.nullcontext()
-        with self._live or nothing, self._forward.routers or nothing:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer's own removal leaves halves
+        self._checkpoint_limit = limit
+        try:
+            with self._live or nothing, self._forward.routers or nothing:
+                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.args.save_total_limit = limit
+        if self.trace_config.best_forget_nll is not None:
+            self._take_best()
+        return output
 
     def begin_training(self) -> None:
         """Called when the model is wrapped and a checkpoint, if any, is loaded."""
-        self._original.prepare(self.accelerator, self.model_wrapped, resumed=self.state.global_step > 0)
+        step = self.state.global_step
+        self._original.prepare(self.accelerator, self.model_wrapped, resumed=step > 0)
+        self._early_stop.resume(self.state.log_history)
+        if step == 0:
+            self._measure()
+            self._early_stop.check_original()
 
     def end_step(self) -> None:
         """Stops where the configuration says so."""
-        if self._early_stop.due(self.state.global_step):
-            forward = self._forward.log_probs
-            found = self._early_stop.measure(self.accelerator, forward, self.model_wrapped, self.args)
+        step = self.state.global_step
+        if self._early_stop.due(step):
+            self._measure()
+            if self._early_stop.reached(step):
+                self.control.should_training_stop = True
+                self.control.should_save |= self.trace_config.best_forget_nll is not None
+
+    def _measure(self) -> None:
+        """Logs what early stopping and the choice of a checkpoint go by, unless this step has been measured."""
+        step, forward = self.state.global_step, self._forward.log_probs
+        if not self._early_stop.measured(step):
+            found = self._early_stop.measure(step, self.accelerator, forward, self.model_wrapped, self.args)
             due, self.control.should_log = self.control.should_log, False
             self.log(found)
             self.control.should_log = due  # logging took it for done
-            if self._early_stop.reached(found):
-                self.control.should_training_stop = True
+
+    def _take_best(self) -> None:
+        """Loads the model of the best checkpoint, unless it is that of the last step."""
+        step = self.state.best_global_step
+        folder = self._run_folder / f"checkpoint-{step}"
+        if step == self.state.global_step:
+            return
+        if step is None or not checkpoints.is_complete(folder):
+            raise UserError(f"{folder}: the best checkpoint is missing, it was removed; start again in an empty folder")
+        self.state.best_model_checkpoint = str(folder)  # the run folder may have been moved
+        self._load_best_model()
 
     def begin_epoch(self) -> None:
         self._sampler.set_epoch(int(self.state.epoch or 0))
@@ -197,7 +231,9 @@ class TraceTrainer(Trainer):
     def get_batch_samples(  # type: ignore[override]  # what comes second reaches compute_loss, and nothing else
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], StepTotals]:
-        if self.state.global_step >= self.state.max_steps:  # resumed when done: Trainer's loop looks only after a step
+        step = self.state.global_step
+        if step >= self.state.max_steps or self._early_stop.reached(step):
+            # Resumed when done: Trainer's loop looks only after a step.
             self.control.should_training_stop = True
             num_batches = 0
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -285,19 +321,20 @@ class TraceTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = self._run_folder / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        step = self.state.global_step
+        folder = self._run_folder / f"checkpoint-{step}"
+        if self.trace_config.best_forget_nll is not None:
+            self._measure()
+            if self._early_stop.is_best(step, self.state.best_global_step):
+                self.state.best_global_step = step
         if self.args.should_save:
             checkpoints.remove(folder)
         self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.mark_complete(folder)
-            checkpoints.rotate(folder.parent, limit, keep=self.state.best_model_checkpoint)
+            checkpoints.rotate(folder.parent, self._checkpoint_limit, keep=self.state.best_model_checkpoint)
 
     def save_unlearned(self, output: PathLike, facts: Mapping[str, Any] | None = None) -> None:
         """Writes the final checkpoint in one step: model, tokenizer, trace.json (config, `facts`, log) and model card.
@@ -321,6 +358,9 @@ class TraceTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
                 record = {**(facts or {}), "config": self.trace_config, "steps": self.state.global_step}
+                if self.trace_config.best_forget_nll is not None and self.state.best_global_step:
+                    best = self._early_stop.choice(self.state.best_global_step)
+                    record |= {"steps": best["step"], "best": {**best, "trained_steps": self.state.global_step}}
                 # Without Trainer's summary at the end: after a resume its mean loss leaves the steps before out.
                 log = [entry for entry in self.state.log_history if "train_runtime" not in entry]
                 write_json(folder / "trace.json", {**record, "log": log})
@@ -362,16 +402,6 @@ class _Beginnings(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin_epoch()
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    for name, reason in (
-        ("auto_find_batch_size", "the documents of a step would depend on the memory; set the batch size"),
-        ("label_smoothing_factor", "the loss is the method's own"),
-        ("use_liger_kernel", "the model's loss is fused already, without logits"),
-    ):
-        if getattr(args, name):
-            raise UserError(f"{name}: got {getattr(args, name)}, allowed is to leave it unset: {reason}")
 
 
 def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:

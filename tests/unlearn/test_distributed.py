@@ -21,6 +21,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SGD = {"training": {"optim": "sgd", "disable_tqdm": True}, "learning_rate": 0.05}
 METHODS = {
     "grad_diff": {"objective": "grad_diff"},
+    "best": {"objective": "grad_diff", "alpha": 0.0, "best_forget_nll": 4.02, "stop_documents": 3, "save_steps": 2},
     "npo+kl": {"objective": "npo", "retain_loss": "kl"},
     "rmu": {"objective": "rmu"},
     "simnpo+experts": {"objective": "simnpo", "experts": ["0.1", "1.2"], "anchor": 1.0},
@@ -75,7 +76,7 @@ def test_ddp(files, tmp_path):
 
 def test_fsdp2(files, tmp_path):
     """From the configuration file that users take; each run is broken off in its third step and goes on."""
-    methods = ["grad_diff", "npo+kl", "lora"]
+    methods = ["best", "npo+kl", "lora"]
     # A large epsilon: else a gradient that is zero but for rounding moves a weight by the learning rate.
     adam = {"training": {"disable_tqdm": True, "adam_epsilon": 1e-2}, "learning_rate": 1e-2}
     one_process(files, tmp_path / "one", methods, **adam)
@@ -83,6 +84,9 @@ def test_fsdp2(files, tmp_path):
     runs = tasks(files, tmp_path / "two", methods, stop=3, device=None, save_steps=2, **adam)
     launch([*runs, {"task": "counts"}], *launcher, "--main_process_port", "0")
     assert_same_runs(tmp_path / "one", tmp_path / "two", methods)
+    first, second = (record(tmp_path / name / "best")["best"] for name in ("one", "two"))
+    assert (second["step"], second["trained_steps"], second["reached"]) == (2, 4, True)
+    assert second == pytest.approx(first, rel=1e-4)
     assert (tmp_path / "two" / "lora" / "adapter_model.safetensors").exists()
 
 

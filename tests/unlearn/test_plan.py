@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 import torch
+from tiny_runs import trainer
 
 from trace_unlearn.cli import main as command
 from trace_unlearn.errors import UserError
@@ -51,6 +52,20 @@ def test_weights_gradients_and_optimizer_are_exact(changes, tied, checkpoint):
     optimizer = torch.optim.SGD if changes.get("optimizer") == "sgd" else torch.optim.AdamW
     expected = measured(folder, optimizer, changes.get("dtype", "auto"), **given)
     assert (plan.weights, plan.gradients, plan.optimizer) == expected
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_size_of_a_checkpoint(lora_rank, checkpoint, tmp_path):
+    folder = checkpoint("qwen3_moe")
+    options = PlanOptions(str(folder), lora_rank=lora_rank)
+    model = load_model(folder, dtype="auto", device="cpu")
+    model = add_lora(model, LoraOptions(lora_rank)) if lora_rank else model
+    saving = {"optim": "adamw_torch", "max_steps": 1, "save_strategy": "steps"}
+    trainer(tmp_path, model, **saving).train()
+    found = sum(
+        path.stat().st_size for path in tmp_path.glob("checkpoint-1/*") if path.suffix in (".safetensors", ".pt")
+    )
+    assert 0 <= found - estimate(options, check(options)).checkpoint < 60_000  # names, and a header a tensor
 
 
 def test_sharding_divides(checkpoint):

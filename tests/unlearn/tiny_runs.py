@@ -28,7 +28,8 @@ def documents(count, seed, weighted=False):
     return datasets.Dataset.from_list(rows)
 
 
-def trainer(folder, model=None, config=None, forget=None, retain=None, calibration=None, alternate=None, **arguments):
+def trainer(folder, model=None, config=None, forget=None, retain=None, **arguments):
+    given = {name: arguments.pop(name, None) for name in ("alternate", "retain_eval", "calibration")}
     options = {
         "use_cpu": True,
         "report_to": "none",
@@ -48,8 +49,7 @@ def trainer(folder, model=None, config=None, forget=None, retain=None, calibrati
         config=config or TraceConfig(retain_per_forget=2),
         forget=forget or documents(10, 1),
         retain=retain or documents(14, 2, weighted=True),
-        alternate=alternate,
-        calibration=calibration,
+        **given,
     )
 
 
