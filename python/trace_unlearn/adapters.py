@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,18 @@ class Adapter:
     num_experts: Callable[[nn.Module], int | None]
 
 
-def adapter_of(module: nn.Module) -> Adapter | str | None:
+def adapter_of(module: nn.Module, parent: nn.Module) -> Adapter | str | None:
     """The adapter of an MoE layer, the reason why it cannot be observed, or None for any other module.
 
-    Classes are told by the end of their names: quantisers and FSDP put words before them.
+    Classes are told by the end of their names: quantisers and FSDP put words before them. `parent` is the module around
+    it: it says whose layer it is where a quantiser has put experts of its own.
     """
     kind = type(module).__name__
+    if kind.endswith(_QUANTISED):
+        family = sys.modules[type(parent).__module__]
+        for name in _ADAPTERS:
+            if hasattr(family, name):
+                return f"it stands where {name} was, which is read in a way of its own: load the model unquantised"
     for name, reason in _REFUSED.items():
         if kind.endswith(name):
             return reason
@@ -67,6 +74,9 @@ _REFUSED = {
     "experts 0 and 1 whatever the router chose",
     "Mxfp4GptOssExperts": "its kernels route by themselves; load the model with Mxfp4Config(dequantize=True)",
 }
+
+# What loaders of quantised checkpoints put in the place of any family's experts.
+_QUANTISED = ("FP8Experts", "GgufExperts")
 
 # Modules whose class is named like a layer and that are a part of one.
 _PARTS = ("JetMoeParallelExperts",)

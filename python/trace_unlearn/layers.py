@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trace_unlearn.adapters import Adapter, adapter_of, plain_path
 from trace_unlearn.errors import UserError
@@ -52,7 +53,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     model = unwrap(model)
     layers: list[MoELayer] = []
     for path, module in model.named_modules():
-        adapter = adapter_of(module)
+        adapter = adapter_of(module, model.get_submodule(path.rpartition(".")[0]))
         if adapter is None:
             continue
         if isinstance(adapter, str):
@@ -91,9 +92,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _num_experts(path: str, module: nn.Module, adapter: Adapter) -> int:
-    if (stated := adapter.num_experts(module)) is not None:
+    stated = adapter.num_experts(module)
+    stacked = [parameter for parameter in module.parameters() if parameter.dim() == 3]
+    # Where processes divide the experts among them, what the module states is this process's part.
+    whole = [parameter.shape[0] for parameter in stacked if isinstance(parameter, DTensor)]
+    if stated is not None and whole and whole[0] != stated:
+        if getattr(module, "_is_expert_parallel", False):  # the module is handed the numbers of all experts
+            return whole[0]
+        raise UserError(
+            f"model: {path} holds {stated} of {whole[0]} experts (expert parallelism), and this release of "
+            "transformers hands it the numbers of its own experts only: load the model without expert parallelism"
+        )
+    if stated is not None:
         return stated
-    stacked = [parameter.shape[0] for parameter in module.parameters() if parameter.dim() == 3]
     if not stacked:
         raise UserError(f"model: cannot tell how many experts {path} ({type(module).__name__}) has")
-    return min(stacked)
+    return min(parameter.shape[0] for parameter in stacked)

@@ -53,6 +53,15 @@ def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True, weig
     return config
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a batch goes: the device of the model's first layer.
+
+    What accelerate offloads lies on no device between forwards; its hooks then take the batch from the CPU.
+    """
+    device = next(model.get_input_embeddings().parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,

@@ -23,7 +23,7 @@ from trace_unlearn import files
 from trace_unlearn.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
-from trace_unlearn.model import check_inputs, check_placement, load_model, load_tokenizer
+from trace_unlearn.model import check_inputs, check_placement, input_device, load_model, load_tokenizer
 from trace_unlearn.routing import RoutingRecorder, unwrap
 
 TENSORS, META, ROUTES = "routing.safetensors", "routing.json", "routes.npy"
@@ -318,7 +318,7 @@ class _Run:
         stored: npt.NDArray[Any] | None,
     ) -> _Side:
         """Counts; writes the routes in the order of the data set to `stored`."""
-        device = next(self.model.get_input_embeddings().parameters()).device
+        device = input_device(self.model)
         # Only routing is wanted: no cache, and no logits beyond one position.
         accepted = inspect.signature(type(unwrap(self.model)).forward).parameters
         options = {key: v for key, v in (("use_cache", False), ("logits_to_keep", 1)) if key in accepted}

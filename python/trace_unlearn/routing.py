@@ -135,9 +135,18 @@ class RoutingRecorder:
         The group holds processes that saw different tokens, each token once: the data-parallel ones (all of them under
         DDP, FSDP and ZeRO, and that is the default). Leave out those that saw the same tokens (tensor parallelism).
         Without torch.distributed it is `counts`.
+
+        Raises:
+            UserError: no group, and transformers divided the model's tensors among processes.
         """
         counts = self.counts
         if torch.distributed.is_initialized():
+            divided = getattr(self._model, "_tp_size", None) or 1
+            if group is None and divided > 1:
+                raise UserError(
+                    f"group: got None for a model divided among {divided} tensor-parallel processes, which see the "
+                    "same tokens; allowed is the group of the processes that saw different ones"
+                )
             if torch.distributed.get_backend(group) == "nccl" and counts.device.type == "cpu":  # offloaded experts
                 counts = counts.cuda()
             torch.distributed.all_reduce(counts, group=group)

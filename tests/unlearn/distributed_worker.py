@@ -3,16 +3,23 @@
 accelerate shards models (FSDP, DeepSpeed) on accelerators only. `stand_in` lets the CPU and gloo stand in for them.
 """
 
+import dataclasses
 import json
 import sys
 
+import pytest
 import tiny
 import torch
 from accelerate import PartialState
 from accelerate.state import GradientState
 from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
+from trace_unlearn.errors import UserError
 from trace_unlearn.routing import RoutingRecorder
 from trace_unlearn.train import TrainOptions, main
 from trace_unlearn.trainer import TraceTrainer
@@ -93,6 +100,42 @@ def counts():
         assert torch.equal(rec.reduced_counts(), expected.counts)
         assert torch.equal(rec.reduced_counts(subgroups[rank]), own.counts)
         assert not torch.equal(own.counts, expected.counts)
+
+
+def divided(folder):
+    """Tensor and expert parallelism of transformers: processes that see the same tokens, or have their own experts."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    data = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))["data"].get_group()
+    ids = torch.randint(3, 68, (2 * world, 7), generator=torch.Generator().manual_seed(0))
+    whole = {"input_ids": ids, "labels": ids.masked_fill(ids < 20, -100)}
+    mine = {name: value[rank::world] for name, value in whole.items()}
+    alone = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad(), RoutingRecorder(alone) as expected:
+        alone(**whole)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=world))
+    assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    with torch.no_grad(), RoutingRecorder(model) as rec:
+        model(**whole)
+    assert torch.equal(rec.counts, expected.counts)
+    assert torch.equal(rec.reduced_counts(data), expected.counts)
+    with pytest.raises(UserError, match="tensor-parallel"):  # it would count every token twice
+        rec.reduced_counts()
+
+    if "ep_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
+        config = DistributedConfig(tp_size=world, enable_expert_parallel=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+        with pytest.raises(UserError, match="expert parallelism"):
+            RoutingRecorder(model)
+        return
+    config = DistributedConfig(fsdp_size=world, ep_size=world, ep_implementation="all_to_all")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    assert model.model.layers[0].mlp.experts.num_experts == tiny.NUM_EXPERTS // world
+    with torch.no_grad(), RoutingRecorder(model) as rec:
+        model(**mine)
+    assert torch.equal(rec.reduced_counts(), expected.counts)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def page() -> str:
         "tiny model of every one and compares what `RoutingRecorder` saw with the experts whose weights had a part in",
         "the output. *Observed* says where the choice is read: *indices*, that the layer is handed, or an adapter of",
         "its own. *Fused* says whether `fuse_routers` takes the family: same experts, weights and gradients as its own",
-        "router.",
+        "router. How a model may be loaded and placed: [counting_routes.md](counting_routes.md).",
         "",
         heading(),
         "",

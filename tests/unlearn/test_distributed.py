@@ -70,7 +70,8 @@ def assert_same_runs(first, second, methods):
 def test_ddp(files, tmp_path):
     methods = ["grad_diff", "npo+kl", "rmu", "simnpo+experts"]
     one_process(files, tmp_path / "one", methods)
-    launch(tasks(files, tmp_path / "two", methods, stand_in=False), *TORCHRUN)
+    counting = {"task": "divided", "folder": files["model"], "stand_in": False}
+    launch([*tasks(files, tmp_path / "two", methods, stand_in=False), counting], *TORCHRUN)
     assert_same_runs(tmp_path / "one", tmp_path / "two", methods)
 
 
