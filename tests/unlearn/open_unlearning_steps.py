@@ -1,9 +1,11 @@
 """Trains a tiny MoE with open-unlearning's trainers and with ours; prints the losses of all steps as JSON.
 
 python open_unlearning_steps.py CHECKOUT FOLDER
+python -m torch.distributed.run --nproc_per_node 2 open_unlearning_steps.py CHECKOUT FOLDER
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +16,20 @@ from transformers import set_seed
 from trace_unlearn.integrations.open_unlearning.__main__ import prepare
 
 CHECKOUT, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-OPTIONS = {"GradDiff": {"alpha": 3.0}, "NPO": {"beta": 0.5}, "SimNPO": {"beta": 4.5, "gamma": 0.125, "delta": 0.1}}
+RMU = {"module_regex": r"model\.layers\.0", "trainable_params_regex": [".*"], "steering_coeff": 2.0}
+CASES = {
+    "GradDiff": {"alpha": 3.0},
+    "GradDiff KL": {"alpha": 3.0, "retain_loss_type": "KL"},
+    "NPO": {"beta": 0.5},
+    "NPO KL": {"beta": 0.5, "retain_loss_type": "KL"},
+    "SimNPO": {"beta": 4.5, "gamma": 0.125, "delta": 0.1},
+    "WGA": {"beta": 0.7},
+    "SatImp": {"beta1": 0.5, "beta2": 1.0, "gamma": 0.5, "alpha": 1.0},
+    "UNDIAL": {"beta": 3.0, "alpha": 0.5},
+    "CEU": {},
+    "RMU": {**RMU, "retain_loss_type": "EMBED_DIFF"},
+    "RMU NLL": {**RMU, "retain_loss_type": "NLL"},
+}
 
 
 def main() -> None:
@@ -22,14 +37,23 @@ def main() -> None:
     prepare(CHECKOUT)
     import trainer as theirs
 
-    for name in OPTIONS:  # transformers 5 renamed one argument and added another
-        theirs._register_trainer(spoken_to_as_now(getattr(theirs, name)))
+    for method in {case.split()[0] for case in CASES}:  # transformers 5 renamed one argument and added another
+        theirs._register_trainer(spoken_to_as_now(getattr(theirs, method)))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     found = {}
-    for name, options in OPTIONS.items():
-        found[name] = steps(f"Now{name}", options)
-        found[f"Trace{name}"] = steps(f"Trace{name}", {**options, "weights": "uniform"})
-    found["weighted"] = steps("TraceGradDiff", OPTIONS["GradDiff"])
-    print(json.dumps(found))
+    for case, options in CASES.items() if processes == 1 else ():
+        method = case.split()[0]
+        found[case] = steps(f"Now{method}", options)
+        found[f"Trace{case}"] = steps(f"Trace{method}", options | ({} if method == "CEU" else {"weights": "uniform"}))
+    for case in ("GradDiff", "GradDiff KL", "RMU") if processes == 1 else ():
+        found[f"weighted {case}"] = steps(f"Trace{case.split()[0]}", CASES[case])
+    for case in ("NPO", "NPO KL"):  # the same batches whatever the number of processes, of documents of one length
+        options = {"batch": 2 // processes, "retain": 1, "length": 9}
+        found[f"{case} of 2"] = steps("NowNPO", CASES[case], **options)
+        found[f"Trace{case} of 2"] = steps("TraceNPO", CASES[case] | {"weights": "uniform"}, **options)
+    found["weighted of 2"] = steps("TraceNPO", CASES["NPO KL"] | {"experts_per_layer": 2}, **options)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(found))
 
 
 def spoken_to_as_now(base: type) -> type:
@@ -44,7 +68,7 @@ def spoken_to_as_now(base: type) -> type:
     return Now
 
 
-def steps(handler: str, options: dict) -> dict:
+def steps(handler: str, options: dict, batch: int = 2, retain: int = 12, length: int | None = None) -> dict:
     from data.collators import DataCollatorForSupervisedDataset
     from data.unlearn import ForgetRetainDataset
     from omegaconf import OmegaConf
@@ -54,6 +78,8 @@ def steps(handler: str, options: dict) -> dict:
     tokenizer = tiny.tokenizer()
     model = tiny.model("qwen3_moe", len(tokenizer))
     losses = []
+    # UNDIAL's loss there counts every position: the two are the same where every position is labelled.
+    forget = documents(8, 1, len(tokenizer), 9 if "UNDIAL" in handler else length)
 
     class Watched(TRAINER_REGISTRY[handler]):
         def compute_loss(self, *args, **kwargs):
@@ -64,7 +90,7 @@ def steps(handler: str, options: dict) -> dict:
     TRAINER_REGISTRY["Watched"] = Watched
     arguments = {
         "output_dir": str(FOLDER / handler),
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "num_train_epochs": 3,
@@ -79,7 +105,7 @@ def steps(handler: str, options: dict) -> dict:
     trainer, _ = load_trainer(
         OmegaConf.create({"handler": "Watched", "args": arguments, "method_args": options}),
         model,
-        train_dataset=ForgetRetainDataset(documents(8, 1, len(tokenizer)), documents(12, 2, len(tokenizer))),
+        train_dataset=ForgetRetainDataset(forget, documents(retain, 2, len(tokenizer), length)),
         tokenizer=tokenizer,
         data_collator=DataCollatorForSupervisedDataset(tokenizer),
     )
@@ -94,14 +120,15 @@ def steps(handler: str, options: dict) -> dict:
     return found
 
 
-def documents(number: int, seed: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
-    """Of different lengths, so that they are padded; the answer bears loss."""
+def documents(number: int, seed: int, vocabulary: int, length: int | None) -> list[dict[str, torch.Tensor]]:
+    """Of different lengths, so that they are padded, and the answer bears loss; or all of one length, and labelled."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(number):
-        ids = torch.randint(4, vocabulary, (6 + i % 5,), generator=generator)
+        ids = torch.randint(4, vocabulary, (length or 6 + i % 5,), generator=generator)
         labels = ids.clone()
-        labels[: 2 + i % 3] = -100
+        if length is None:
+            labels[: 2 * (i % 3)] = -100
         rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
     return rows
 

@@ -1,7 +1,7 @@
 """TRACE and losses without logits in open-unlearning: trainers for the reader's own checkout of it.
 
 `python -m trace_unlearn.integrations.open_unlearning --checkout DIR ...` runs its `src/train.py` with them. Nothing of
-its code is here: the classes are made at run time from its `GradDiff`, `NPO` and `SimNPO`.
+its code is here: the classes are made at run time from its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["register"]
 
 
 def register() -> list[str]:
-    """Adds TraceGradDiff, TraceNPO and TraceSimNPO to the trainers of open-unlearning; returns their names.
+    """Adds TraceGradDiff, TraceNPO and so on to the trainers of open-unlearning; returns their names.
 
     Its folder `src` must be importable. A second call changes nothing.
 

@@ -28,6 +28,7 @@ import transformers
 
 from trace_unlearn.errors import UserError
 from trace_unlearn.integrations.open_unlearning import register
+from trace_unlearn.integrations.open_unlearning.fused import SHARDED
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkout", required=True, type=Path, help="a folder with open-unlearning")
     options, for_hydra = parser.parse_known_args(arguments)
     try:
+        if any(name.startswith("trainer=Trace") for name in for_hydra) and _launched_sharded():
+            raise UserError(SHARDED)
         script = prepare(options.checkout)
         sys.argv = [str(script), "--config-dir", str(CONFIGS), *for_hydra]
         runpy.run_path(str(script), run_name="__main__")
@@ -48,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _launched_sharded() -> bool:
+    """Whether `accelerate launch` asked for it; the trainers ask again, since their arguments may, too."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
 
 
 def prepare(checkout: Path) -> Path:
@@ -77,7 +85,8 @@ def _stand_ins() -> Iterator[None]:
     for name, module in made.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # read by those who ask whether it is installed
         for member in _IMPORTED[name]:
-            setattr(module, member, functools.partial(_absent, name.split(".")[0]))
+            raising = {"__init__": functools.partialmethod(_absent, name.split(".")[0])}
+            setattr(module, member, type(member, (), raising))
     sys.modules.update(made)
     try:
         yield
@@ -87,7 +96,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 _IMPORTED = {
-    "deepspeed": (),
+    "deepspeed": ("DeepSpeedEngine",),
     "lm_eval": ("simple_evaluate",),
     "lm_eval.models": (),
     "lm_eval.models.hf_vlms": ("HFLM",),
@@ -95,7 +104,7 @@ _IMPORTED = {
 }
 
 
-def _absent(package: str, *args: Any, **kwargs: Any) -> None:
+def _absent(self: object, package: str, *args: Any, **kwargs: Any) -> None:
     raise UserError(f"open-unlearning: this needs {package}, which is not installed")
 
 
@@ -109,7 +118,9 @@ def _speak_of_transformers_5() -> None:
         gone = sorted(given.keys() - known.keys())
         if gone:
             print(f"open-unlearning: transformers {transformers.__version__} has no {', '.join(gone)}: left out")
-        return transformers.TrainingArguments(**{name: value for name, value in given.items() if name in known})
+        # YAML's null is spelt None in its configuration, and a string is no number of anything under DDP.
+        kept = {name: None if value == "None" else value for name, value in given.items() if name in known}
+        return transformers.TrainingArguments(**kept)
 
     get_tokenizer = model.get_tokenizer
 

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
-import datasets
 import torch
 
+import trace_kernels as tk
 from trace_unlearn.calibrate import calibrate, select_experts
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
-from trace_unlearn.integrations import fuse_loss
-from trace_unlearn.objectives import grad_diff, npo, simnpo, weighted_nll
+from trace_unlearn.integrations import fused_loss_of
+from trace_unlearn.integrations.open_unlearning.documents import as_dataset, document_key, rows_of
+from trace_unlearn.integrations.open_unlearning.fused import FusedTrainer
+from trace_unlearn.objectives import ce_u, distance, npo, satimp, simnpo, undial, weighted_mean, wga
 from trace_unlearn.profile import profile_routing
 from trace_unlearn.weights import attach_weights
 
-METHODS = ("GradDiff", "NPO", "SimNPO")
+METHODS = ("GradDiff", "NPO", "SimNPO", "WGA", "SatImp", "UNDIAL", "CEU", "RMU")
+_WITH_REFERENCE_MODEL = ("UNDIAL", "RMU")
 
 
 def trainer_class(base: type, method: str) -> type:
     """The class `Trace<method>`, of open-unlearning's class of that name."""
-    return type(f"Trace{method}", (_Trace, base), {"__module__": __name__, "method": method})
+    mixin = {"CEU": _CEU, "RMU": _RMU}.get(method, _Trace)
+    return type(f"Trace{method}", (mixin, base), {"__module__": __name__, "method": method})
 
 
-class _Trace:
-    """Losses from hidden states, token-weighted on the retain side; before one of open-unlearning's classes.
+class _Retain(FusedTrainer):
+    """The retain loss, token-weighted.
 
     Args:
         weights: the rule of `trace_unlearn.calibrate`: "balance", "product", "ratio"; "uniform" for none.
@@ -35,115 +39,85 @@ class _Trace:
     """
 
     method: str
-    # Trainer's and open-unlearning's.
-    model: Any
-    args: Any
+    # open-unlearning's.
     alpha: float
     gamma: float
-    beta: float
-    delta: float
-    train_dataset: Any
-    data_collator: Any
-    accelerator: Any
+    ref_model: Any
     retain_loss_type: str
 
     def __init__(
         self, *args: Any, weights: str = "balance", experts_per_layer: int = 4, min_ess: float = 0.5, **kwargs: Any
     ) -> None:
-        if kwargs.get("retain_loss_type", "NLL") != "NLL":
-            raise UserError(
-                f"retain_loss_type: got {kwargs['retain_loss_type']!r}, allowed is 'NLL'; "
-                "for KL without logits use trace-unlearn with retain_loss: kl"
-            )
-        takes = inspect.signature(_trainer_init(type(self))).parameters
-        if "tokenizer" in kwargs and "tokenizer" not in takes:  # transformers 5 named it anew
-            kwargs["processing_class"] = kwargs.pop("tokenizer")
-        super().__init__(*args, **kwargs)
-        if _sharded(self):
-            raise UserError(
-                "open-unlearning: the model is sharded (DeepSpeed, FSDP), and TRACE reads the whole one before "
-                "training; run trace-unlearn, whose trainer takes sharded models"
-            )
-        self.tokenizer_pad = int(_pad_token_id(self))
-        self._fused = fuse_loss(self.model)
+        allowed = ("NLL", "KL", "EMBED_DIFF") if self.method == "RMU" else ("NLL", "KL")
+        kind = kwargs.get("retain_loss_type", "NLL")
+        if kind not in allowed:
+            raise UserError(f"retain_loss_type: got {kind!r}, allowed are {', '.join(allowed)}")
         self._weights: dict[bytes, torch.Tensor] = {}
-        self._reference: dict[bytes, float] = {}
-        if self.train_dataset is None:
-            return
-        if weights != "uniform":
+        super().__init__(*args, **kwargs)
+        if self.train_dataset is not None and weights != "uniform" and self.alpha:
             self._weigh(weights, experts_per_layer, min_ess)
-        if self.method == "NPO":
-            self._ask_reference()
 
-    def _prepare_ref_model(self, model: Any) -> None:
-        """None: one number a forget document takes its place."""
-
-    def compute_loss(
-        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """open-unlearning's loss of the same name. Its batches nest their labels, so `num_items_in_batch` is None."""
-        forget, retain = inputs["forget"], inputs["retain"]
-        log_probs, mask = self._log_probs(model, forget)
-        count = mask.any(-1).sum()
-        if self.method == "GradDiff":
-            forget_loss = grad_diff(log_probs, mask, mask.sum())
-        elif self.method == "NPO":
-            keys = [_key(ids, labels) for ids, labels in _rows(forget)]
-            reference = log_probs.new_tensor([self._lookup(self._reference, key, "forget") for key in keys])
-            forget_loss = npo(log_probs, mask, reference, count, self.beta)
-        else:
-            forget_loss = simnpo(log_probs, mask, count, self.beta, self.delta)
-        retain_log_probs, retain_mask = self._log_probs(model, retain)
-        weight = self._retain_weight(retain, retain_mask)
-        loss = self.gamma * forget_loss + self.alpha * weighted_nll(retain_log_probs, weight, weight.sum())
-        return (loss, {"loss": loss}) if return_outputs else loss
+    def _prepare_ref_model(self, model: Any) -> Any:
+        """None where one number a forget document takes its place, or nothing reads it."""
+        self.refuse_sharded()
+        if self.retain_loss_type != "KL" and self.method not in _WITH_REFERENCE_MODEL:
+            return None
+        if self.retain_loss_type == "KL" or self.method == "UNDIAL":
+            head = self.model.get_output_embeddings()
+            if head.bias is not None:
+                raise UserError(f"open-unlearning: the output embedding of {type(self.model).__name__} has a bias")
+        return super()._prepare_ref_model(model)  # type: ignore[misc]
 
     def compute_retain_loss(self, model: Any, retain_inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """For subclasses with a forget loss of their own."""
-        log_probs, mask = self._log_probs(model, retain_inputs)
-        weight = self._retain_weight(retain_inputs, mask)
-        return weighted_nll(log_probs, weight, weight.sum())
+        """open-unlearning's, weighted; also for subclasses with a forget loss of their own."""
+        weight, mask = self._retain_weight(retain_inputs)
+        if self.retain_loss_type == "NLL":
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As before: evaluation code reads logits of batches that have labels."""
-        with self._fused.paused():
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            def nll(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+                return tk.linear_cross_entropy(hidden, head, target, weight, **options)
 
-    def _log_probs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log p of every next token [B, S], and which of them bear loss: all that are labelled."""
-        given: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        if getattr(self.model.config, "output_router_logits", False):
-            given["output_router_logits"] = False  # the auxiliary loss would be ascended, too
-        with self._fused.log_probs():
-            found = model(**given, use_cache=False).loss
-        mask = torch.zeros_like(inputs["labels"], dtype=torch.bool)
-        mask[:, :-1] = inputs["labels"][:, 1:] != IGNORE_INDEX
-        return found, mask
+            return self.ask(model, retain_inputs, nll)  # type: ignore[no-any-return]
+        reference = self._reference_states(retain_inputs)
+        # There the mean is over all positions: what has no weight, the prompt and the padding, keeps 1.
+        weight = weight.where(mask, 1.0)
 
-    def _retain_weight(self, retain: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        def kl(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+            return tk.linear_kl(hidden, head, *reference, weight, **_of_logits(options))
+
+        return self.ask(model, retain_inputs, kl)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _reference_states(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the reference model, [B, S, H] and its head [V, H]."""
+        heads = []
+
+        def keep(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+            heads.append(weight.detach())
+            return hidden.clone()
+
+        hidden = self.ask(self.ref_model, inputs, keep)
+        return hidden.to(heads[0].dtype), heads[0]  # under autocast it came as float32
+
+    def _retain_weight(self, retain: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S]: the weight of every position, 0 where it bears no loss, and whether it does."""
+        mask = bearing(retain["labels"])
         if not self._weights:
-            return mask.float()
+            return mask.float(), mask
         weight = torch.zeros(mask.shape)
-        for row, (ids, labels) in enumerate(_rows(retain)):
-            found = self._lookup(self._weights, _key(ids, labels), "retain")
+        for row, (ids, labels) in enumerate(rows_of(retain)):
             # Where a document begins depends on the side of the padding; what it labels does not.
-            weight[row, mask[row].cpu()] = found
-        return weight.to(mask.device)
-
-    def _lookup(self, table: Mapping[bytes, Any], key: bytes, name: str) -> Any:
-        if key not in table:
-            raise UserError(f"open-unlearning: a {name} document of this batch was not in the data before training")
-        return table[key]
+            weight[row, mask[row].cpu()] = look_up(self._weights, document_key(ids, labels), "retain")
+        return weight.to(mask.device), mask
 
     def _weigh(self, rule: str, experts_per_layer: int, min_ess: float) -> None:
-        forget, retain = (_dataset(getattr(self.train_dataset, name)) for name in ("forget", "retain"))
+        forget, retain = (as_dataset(getattr(self.train_dataset, name)) for name in ("forget", "retain"))
         stats = profile_routing(
             self.model,
             forget,
             retain,
             batch_size=self.args.train_batch_size,
-            pad_token_id=self.tokenizer_pad,
-            progress=not self.args.disable_tqdm,
+            pad_token_id=self.pad_token_id,
+            progress=self.accelerator.is_main_process and not self.args.disable_tqdm,
         )
         selected = select_experts(stats, experts_per_layer=experts_per_layer)
         self.calibration = calibrate(stats, selected, rule=rule, min_ess=min_ess)
@@ -151,7 +125,72 @@ class _Trace:
             print(self.calibration.summary())
         for row in attach_weights(retain, self.calibration):
             labels, weight = torch.tensor(row["labels"]), torch.tensor(row["token_weight"])
-            self._weights[_key(torch.tensor(row["input_ids"]), labels)] = weight[:-1][labels[1:] != IGNORE_INDEX]
+            key = document_key(torch.tensor(row["input_ids"]), labels)
+            self._weights[key] = weight[:-1][labels[1:] != IGNORE_INDEX]
+
+
+class _Trace(_Retain):
+    """Both losses from hidden states; before one of open-unlearning's classes."""
+
+    beta: float
+    beta1: float
+    beta2: float
+    delta: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reference: dict[bytes, float] = {}
+        if self.method == "NPO" and self.train_dataset is not None:
+            self._ask_reference()
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """open-unlearning's loss of the same name. Its batches nest their labels, so `num_items_in_batch` is None."""
+        loss = self.gamma * self._forget_loss(model, inputs["forget"])
+        if self.alpha:
+            loss = loss + self.alpha * self.compute_retain_loss(model, inputs["retain"])
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _forget_loss(self, model: Any, forget: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.method == "GradDiff":
+            return -self.ask(model, forget, tk.linear_cross_entropy)  # type: ignore[no-any-return]
+        mask = bearing(forget["labels"])
+        if self.method == "UNDIAL":
+            return undial(*self._divergence(model, forget), mask, mask.sum(), self.beta)
+        log_probs = self.log_probs(model, forget)
+        if self.method == "WGA":
+            return wga(log_probs, mask, mask.sum(), self.beta)
+        if self.method == "SatImp":
+            return satimp(log_probs, mask, mask.sum(), self.beta1, self.beta2)
+        documents = mask.any(-1).sum()
+        if self.method == "NPO":
+            keys = [document_key(ids, labels) for ids, labels in rows_of(forget)]
+            reference = log_probs.new_tensor([look_up(self._reference, key, "forget") for key in keys])
+            return npo(log_probs, mask, reference, documents, self.beta)
+        # There a document's length counts a labelled first token, which has no loss.
+        length = (forget["labels"] != IGNORE_INDEX).sum(-1, keepdim=True).clamp(min=1)
+        log_probs = log_probs * (mask.sum(-1, keepdim=True) / length)
+        return simnpo(log_probs, mask, documents, self.beta, self.delta)
+
+    def _divergence(
+        self, model: Any, forget: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, S] each: log p of the next tokens, KL(reference || model), log p by the reference."""
+        ref_hidden, ref_head = self._reference_states(forget)
+
+        def all_of(
+            hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, ignore_index: int, **options: Any
+        ) -> tuple[torch.Tensor, ...]:
+            kept = _of_logits(options)
+            mask = target != ignore_index
+            log_probs = tk.linear_log_prob(hidden, head, target, ignore_index=ignore_index, **kept)
+            kl = tk.linear_kl(hidden, head, ref_hidden, ref_head, mask=mask, reduction="none", **kept)
+            with torch.no_grad():
+                reference = tk.linear_log_prob(ref_hidden, ref_head, target, ignore_index=ignore_index, **kept)
+            return log_probs, kl, reference
+
+        return self.ask(model, forget, all_of)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _ask_reference(self) -> None:
@@ -163,42 +202,84 @@ class _Trace:
             batch = self.data_collator([documents[i] for i in range(start, min(start + size, len(documents)))])
             batch = {name: value.to(self.args.device) for name, value in batch.items()}
             with self.accelerator.autocast():
-                log_probs, mask = self._log_probs(self.model, batch)
-            sums = log_probs.where(mask, 0.0).sum(-1).tolist()
-            for (ids, labels), value in zip(_rows(batch), sums, strict=True):
-                self._reference[_key(ids, labels)] = value
+                log_probs = self.log_probs(self.model, batch)
+            for (ids, labels), value in zip(rows_of(batch), log_probs.sum(-1).tolist(), strict=True):
+                self._reference[document_key(ids, labels)] = value
         self.model.train(training)
 
 
-def _trainer_init(cls: type) -> Callable[..., Any]:
-    """Of transformers' Trainer, which open-unlearning's classes pass their keywords on to."""
-    trainer = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
-    found: Callable[..., Any] = inspect.unwrap(vars(trainer)["__init__"])
-    return found
+class _CEU(FusedTrainer):
+    """CE-U has no retain loss."""
+
+    ignore_first_n_answer_tokens: int
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """open-unlearning's, less the entropy of its target, which has no gradient."""
+        forget = inputs["forget"]
+        labelled = forget["labels"] != IGNORE_INDEX
+        first = labelled & (labelled.cumsum(-1) <= self.ignore_first_n_answer_tokens)
+        labels = forget["labels"].masked_fill(first, IGNORE_INDEX)
+        mask = bearing(labels)
+        loss = ce_u(self.log_probs(model, {**forget, "labels": labels}), mask, mask.sum())
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
-def _sharded(trainer: Any) -> bool:
-    return bool(trainer.is_deepspeed_enabled or getattr(trainer, "is_fsdp_enabled", False))
+class _RMU(_Retain):
+    """RMU's own losses on a layer's output; neither logits nor a loss on them is computed beside."""
+
+    model_module: Any
+    ref_module: Any
+    trainable_params_regex: list[str]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        patterns = list(self.trainable_params_regex)
+        if not any(re.fullmatch(pattern, name) for pattern in patterns for name, _ in self.model.named_parameters()):
+            some = [name for name, _ in self.model.named_parameters() if "expert" in name or "mlp" in name][:3]
+            raise UserError(
+                f"trainable_params_regex: {', '.join(patterns)} matches no parameter of "
+                f"{type(self.model).__name__}, which has such as {', '.join(some)}"
+            )
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def forward_with_cache(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], module: Any, no_grad: bool = True
+    ) -> Any:
+        handle = fused_loss_of(self.accelerator.unwrap_model(model))
+        assert handle is not None
+        with handle.per_token(lambda hidden, *head, **options: hidden.new_zeros(())):
+            return super().forward_with_cache(model, inputs, module, no_grad)  # type: ignore[misc]
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return super().compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+
+    def compute_retain_loss(self, model: Any, retain_inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.retain_loss_type != "EMBED_DIFF":
+            return super().compute_retain_loss(model, retain_inputs)
+        hidden, _ = self.forward_with_cache(model, retain_inputs, self.model_module, no_grad=False)
+        reference, _ = self.forward_with_cache(self.ref_model, retain_inputs, self.ref_module)
+        weight, mask = self._retain_weight(retain_inputs)
+        # There the labelled positions count, not those before them, and every document the same.
+        labelled = retain_inputs["labels"] != IGNORE_INDEX
+        weight = weight.where(mask, 1.0) * labelled / labelled.sum(-1, keepdim=True).clamp(min=1)
+        return weighted_mean(distance(hidden, reference.to(hidden.device)), weight, weight.sum())
 
 
-def _pad_token_id(trainer: Any) -> int:
-    tokenizer = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        raise UserError("open-unlearning: the tokenizer has no padding token")
-    return int(tokenizer.pad_token_id)  # type: ignore[union-attr]
+def bearing(labels: torch.Tensor) -> torch.Tensor:
+    """[B, S] bool: which positions bear loss, all whose next token is labelled."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return mask
 
 
-def _rows(batch: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(batch["input_ids"].cpu(), batch["labels"].cpu(), strict=True))
+def look_up(table: Mapping[bytes, Any], key: bytes, name: str) -> Any:
+    if key not in table:
+        raise UserError(f"open-unlearning: a {name} document of this batch was not in the data before training")
+    return table[key]
 
 
-def _key(ids: torch.Tensor, labels: torch.Tensor) -> bytes:
-    """The same for a document and for its padded row: what it is up to its last label."""
-    labelled = (labels != IGNORE_INDEX).nonzero()
-    end = int(labelled[-1]) + 1 if len(labelled) else 0
-    return ids[:end].to(torch.int64).numpy().tobytes() + labels[:end].to(torch.int64).numpy().tobytes()
-
-
-def _dataset(documents: Any) -> datasets.Dataset:
-    rows = [documents[i] for i in range(len(documents))]
-    return datasets.Dataset.from_dict({name: [row[name].tolist() for row in rows] for name in ("input_ids", "labels")})
+def _of_logits(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("softcap", "logit_scale")}
