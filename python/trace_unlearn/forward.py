@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import trace_kernels as tk
+from trace_kernels.ops.linear_cross_entropy.op import log_prob_sum
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
 from trace_unlearn.integrations import fuse_loss, fused_loss_of
@@ -23,6 +24,7 @@ class Seen:
     """What one forward gives; what is not asked for is None."""
 
     log_probs: torch.Tensor | None = None  # [B, S] float32: position t holds log p(token t + 1)
+    known: torch.Tensor | None = None  # 0-d: the sum of coefficient * NLL; log_probs are constants then
     reference_log_probs: torch.Tensor | None = None  # [B, S] float32, where a reference was given
     divergence: torch.Tensor | None = None  # [B, S] float32: KL(reference || model), likewise
     hidden: torch.Tensor | None = None  # [B, S, H]: the output of the layer that "rmu" steers
@@ -90,6 +92,7 @@ class Forward:
         inputs: Mapping[str, torch.Tensor],
         constant: torch.Tensor,
         reference: ReferenceRows | None,
+        coefficient: torch.Tensor | None = None,
     ) -> Seen:
         """All that the configuration's losses need.
 
@@ -97,6 +100,8 @@ class Forward:
             model: wrapped or not.
             inputs: input_ids, attention_mask, labels.
             constant: [B] bool, documents whose log-probabilities are only logged and need no gradient.
+            coefficient: [B, S] float, what the loss is of each token's NLL, where that is known already: a trainable
+                head's gradient is then formed in the same pass. 0 for tokens that are only logged.
             reference: where the divergence from the original model is wanted.
         """
         if self._layer is not None:
@@ -104,7 +109,11 @@ class Forward:
         names: list[str] = []
 
         def compute(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
-            found = self._losses(hidden, weight, target, constant, reference, options)
+            if coefficient is None:
+                found = self._log_probs(hidden, weight, target, constant, options)
+            else:
+                found = self._known(hidden, weight, target, coefficient, options)
+            found |= self._divergence(hidden, weight, target, reference, options)
             if self.routers is not None:
                 probabilities, targets = self.routers.take(target.shape)
                 losses = (anchor(p, t) for p, t in zip(probabilities, targets, strict=True))
@@ -120,25 +129,42 @@ class Forward:
         values = (values,) if isinstance(values, torch.Tensor) else values
         return Seen(**dict(zip(names, values, strict=True)))
 
-    def _losses(
+    def _log_probs(
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         target: torch.Tensor,
         constant: torch.Tensor,
-        reference: ReferenceRows | None,
         options: Mapping[str, Any],
     ) -> dict[str, torch.Tensor]:
         ignored = options["ignore_index"]
         rest = constant.to(target.device)[:, None]
-        log_probs = tk.linear_log_prob(hidden, weight, target.where(~rest, ignored), **options).clone()
-        if rest.any():
-            with torch.no_grad():
-                others = tk.linear_log_prob(hidden, weight, target.where(rest, ignored), **options)
-            log_probs = log_probs + others
-        found = {"log_probs": log_probs}
+        log_probs = tk.linear_log_prob(hidden, weight, target.where(~rest, ignored), **options)
+        return {"log_probs": log_probs + _logged(hidden, weight, target.where(rest, ignored), options)}
+
+    def _known(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        coefficient: torch.Tensor,
+        options: Mapping[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        coefficient = coefficient.to(target.device)
+        total, log_probs = log_prob_sum(hidden, weight, target, coefficient, **options)
+        rest = target.where(coefficient == 0, options["ignore_index"])
+        return {"log_probs": log_probs + _logged(hidden, weight, rest, options), "known": -total}
+
+    def _divergence(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        reference: ReferenceRows | None,
+        options: Mapping[str, Any],
+    ) -> dict[str, torch.Tensor]:
         if reference is None:
-            return found
+            return {}
         mask = reference.mask.to(hidden.device)
         ref_weight = weight.detach()
         if self._reference_weight is not None:
@@ -148,13 +174,14 @@ class Forward:
         kl = tk.linear_kl(
             hidden[mask], weight, ref_hidden, ref_weight, reduction="none", softcap=softcap, logit_scale=logit_scale
         )
-        found["divergence"] = torch.zeros_like(log_probs).masked_scatter(mask, kl)
         with torch.no_grad():
-            said = tk.linear_log_prob(
-                ref_hidden, ref_weight, target[mask], ignore_index=ignored, softcap=softcap, logit_scale=logit_scale
-            )
-        found["reference_log_probs"] = torch.zeros_like(log_probs).masked_scatter(mask, said)
-        return found
+            rest = {name: options[name] for name in ("ignore_index", "softcap", "logit_scale")}
+            said = tk.linear_log_prob(ref_hidden, ref_weight, target[mask], **rest)
+        zeros = torch.zeros(target.shape, dtype=kl.dtype, device=kl.device)
+        return {
+            "divergence": zeros.masked_scatter(mask, kl),
+            "reference_log_probs": zeros.masked_scatter(mask, said),
+        }
 
     def _layer_output(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         assert self._layer is not None
@@ -171,6 +198,17 @@ class Forward:
             use_cache=False,
             **self.router_options(),
         ).loss
+
+
+@torch.no_grad()
+def _logged(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, options: Mapping[str, Any]
+) -> torch.Tensor:
+    """[B, S]: log-probabilities of what is only logged; the other targets are ignored."""
+    if not (target != options["ignore_index"]).any():
+        return torch.zeros((), device=hidden.device)
+    found: torch.Tensor = tk.linear_log_prob(hidden, weight, target, **options)
+    return found
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:

@@ -261,7 +261,8 @@ class TraceTrainer(Trainer):
         is_forget, is_retain = inputs["forget_index"] >= 0, inputs["retain_index"] >= 0
         reference = self._original.rows(model, inputs, bearing)
         divergence_only = config.method.uses_retain and config.retain_loss == "kl"
-        seen = self._forward.seen(model, inputs, is_retain & divergence_only, reference)
+        coefficient = self._coefficient(inputs, bearing, is_forget, is_retain, totals)
+        seen = self._forward.seen(model, inputs, is_retain & divergence_only, reference, coefficient)
         loss, share = torch.zeros((), device=bearing.device), totals.share(bearing, is_forget, is_retain)
         values: dict[str, torch.Tensor] = {}
         if config.method.forget_loss is not None:
@@ -285,10 +286,32 @@ class TraceTrainer(Trainer):
             if seen.log_probs is not None:
                 values["retain_nll"] = weighted_nll(seen.log_probs[is_retain], mask.float(), totals.retain_tokens)
             self._log_window.add_weights(weight, mask.sum())
+        if seen.known is not None:
+            loss = loss + (seen.known - seen.known.detach())  # 0: the loss's gradient, whose value is in it already
         self._log_window.add(values, share)
         # Gradients are averaged over the processes, while the shares of the loss are to be added up.
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def _coefficient(
+        self,
+        inputs: dict[str, torch.Tensor],
+        bearing: torch.Tensor,
+        is_forget: torch.Tensor,
+        is_retain: torch.Tensor,
+        totals: StepTotals,
+    ) -> torch.Tensor | None:
+        """[B, S] float32: what the loss is of each token's NLL; None where the model's forward decides that."""
+        config = self.trace_config
+        if not config.method.is_mean or self._live is not None:
+            return None
+        found = torch.zeros(bearing.shape, device=bearing.device)
+        if config.method.forget_loss is not None:
+            found -= bearing * is_forget[:, None] * (config.gamma / totals.forget_tokens.clamp(min=1))
+        if config.method.uses_retain and config.retain_loss == "nll":
+            weight = _stored_weight(inputs, bearing) * is_retain[:, None]
+            found += weight * (config.alpha / totals.retain_weight.where(totals.retain_weight != 0, 1.0))
+        return found
 
     def _retain_losses(
         self, seen: Seen, reference: ReferenceRows | None, is_retain: torch.Tensor, mask: torch.Tensor

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -6,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from trace_unlearn import checkpoints
 from trace_unlearn.config import TraceConfig
+from trace_unlearn.data import loss_bearing
 from trace_unlearn.errors import UserError
 from trace_unlearn.trainable import LoraOptions, add_lora, train_only
 
@@ -42,6 +45,57 @@ def test_the_first_loss_is_its_formula(tmp_path):
     assert logged["weight_mean"] == pytest.approx(sum(weights) / len(weights))
     ess = sum(weights) ** 2 / len(weights) / sum(w * w for w in weights)
     assert logged["weight_ess"] == pytest.approx(ess)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("case", ["grad_diff", "grad_ascent", "finetune", "kl"])
+def test_gradients_are_those_of_the_formula_on_logits(case, frozen, tmp_path):
+    """A trainable head's gradient is formed in the pass that computes the losses; some tokens weigh 0."""
+    config = TraceConfig("grad_diff" if case == "kl" else case, gamma=0.7, alpha=1.3, retain_per_forget=2)
+    config = dataclasses.replace(config, retain_loss="kl" if case == "kl" else "nll")
+    retain = documents(14, 2, weighted=True)
+    retain = retain.map(lambda row: {"token_weight": [max(0.0, w - 0.5) for w in row["token_weight"]]})
+    trained = trainer(tmp_path, tiny.model("qwen3_moe", V), config, retain=retain)
+    trained.model.lm_head.requires_grad_(not frozen)
+    trained.state.max_steps = 1
+    trained.begin_training()
+    for parameter in trained.model.parameters():  # away from the original model, for the divergence
+        parameter.data.mul_(1.1)
+    batches = iter(trained.get_train_dataloader())
+    (batch,), totals = trained.get_batch_samples(batches, 1, trained.args.device)
+    model, head = trained.model, trained.model.lm_head
+    loss = trained.compute_loss(model, batch, num_items_in_batch=totals)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    log_softmax = (hidden.double() @ head.weight.double().T).log_softmax(-1)[:, :-1]
+    target, bearing = batch["labels"][:, 1:], batch["labels"][:, 1:] != -100
+    nll = -log_softmax.gather(-1, target.where(bearing, 0)[..., None])[..., 0].where(bearing, 0.0)
+    forget, kept = batch["forget_index"] >= 0, batch["retain_index"] >= 0
+    weight = batch.get("token_weight", torch.ones_like(batch["labels"], dtype=torch.float32))[:, :-1] * bearing
+    expected = torch.zeros((), dtype=torch.float64)
+    if case != "finetune":
+        expected = expected - 0.7 * nll[forget].sum() / bearing[forget].sum()
+    if case == "kl":
+        before = trained._forward._reference_weight.double() if not frozen else head.weight.double() / 1.1
+        original = torch.zeros_like(hidden, dtype=torch.float64)
+        mask = trained._original.rows(model, batch, loss_bearing(batch["labels"], batch["attention_mask"]))
+        original[mask.mask] = mask.hidden.double()
+        wanted = (original @ before.T).log_softmax(-1)[:, :-1].detach()
+        losses = (wanted.exp() * (wanted - log_softmax)).sum(-1)
+        expected = expected + 1.3 * (losses * weight)[kept].sum() / weight[kept].sum()
+    elif case != "grad_ascent":
+        expected = expected + 1.3 * (nll * weight)[kept].sum() / weight[kept].sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: n + m)
+    assert ("lm_head.weight" in found) != frozen
+    if case != "grad_ascent":
+        mean = nll[kept].sum() / bearing[kept].sum()
+        assert trained._log_window.close(trained.accelerator)["retain_nll"] == pytest.approx(mean.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["grad_diff", "npo"])

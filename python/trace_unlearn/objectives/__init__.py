@@ -77,6 +77,7 @@ class Objective:
         needs_alternate: answers to give instead.
         needs_divergence: of the original model, all there is to say about each forget token.
         on_hidden_states: the loss is on a layer's output, and no output layer is computed.
+        is_mean: the forget loss, if any, is minus the mean NLL of the forget tokens, so its gradient by each is known.
     """
 
     forget_loss: Callable[[ForgetBatch, TraceConfig], torch.Tensor] | None
@@ -86,6 +87,7 @@ class Objective:
     needs_alternate: bool = False
     needs_divergence: bool = False
     on_hidden_states: bool = False
+    is_mean: bool = False
 
 
 def _beta(config: TraceConfig) -> float:
@@ -128,10 +130,10 @@ def _rmu(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
 
 
 OBJECTIVES = {
-    "grad_diff": Objective(_grad_diff),
+    "grad_diff": Objective(_grad_diff, is_mean=True),
     "npo": Objective(_npo, 0.1, needs_reference=True),
     "simnpo": Objective(_simnpo, 4.5),
-    "grad_ascent": Objective(_grad_diff, uses_retain=False),
+    "grad_ascent": Objective(_grad_diff, uses_retain=False, is_mean=True),
     "wga": Objective(lambda batch, config: wga(batch.log_probs, batch.mask, batch.num_tokens, _beta(config))),
     "satimp": Objective(
         lambda batch, config: satimp(batch.log_probs, batch.mask, batch.num_tokens, _beta(config), config.beta2), 5.0
@@ -140,5 +142,5 @@ OBJECTIVES = {
     "dpo": Objective(_dpo, 0.1, needs_reference=True, needs_alternate=True),
     "undial": Objective(_undial, 10.0, needs_divergence=True),
     "rmu": Objective(_rmu, on_hidden_states=True),
-    "finetune": Objective(None),
+    "finetune": Objective(None, is_mean=True),
 }

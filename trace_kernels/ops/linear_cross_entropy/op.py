@@ -92,13 +92,8 @@ def linear_cross_entropy(
     rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
     weighting = losses.Weighting(token_weight, flat_target != ignore_index, reduction, normalizer, dtype)
     if weighting.known and reduction != "none" and group_name is None:
-        bias = None if bias is None else bias.to(dtype).contiguous()
-        total: torch.Tensor = linear_log_prob_sum(
-            rows, weight, bias, flat_target, weighting.coefficients(), ignore_index, softcap, float(logit_scale),
-            needs_gradient(rows), needs_gradient(weight, bias), backend,
-        )[0]  # fmt: skip
-        losses.lend_stash(total)
-        return -total
+        coefficients = weighting.coefficients()
+        return -_sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)[0]
     # A weight that needs a gradient needs its token's loss, also when it is 0.
     row_weight = weighting.rows if weighting.known else None
     logp = per_token(
@@ -106,6 +101,57 @@ def linear_cross_entropy(
     )
     loss = weighting.reduce(-logp)
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def log_prob_sum(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    coefficient: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Minus `linear_cross_entropy` with reduction "sum", and what it is the sum of, for callers that log that too.
+
+    `coefficient` [...] are the token weights, floating, of any sign, constants; the rest is as there.
+
+    Returns:
+        :math:`\sum_t c_t \log p_t`, 0-d; and log p [...], constants, 0 where c is 0 or the target is ignored.
+    """
+    check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
+    losses.check_weighting(coefficient, "sum", None, hidden.shape[:-1], hidden.device, "hidden")
+    hidden, weight = losses.autocast(hidden), losses.autocast(weight)
+    losses.check_same_dtype("weight", weight, hidden.dtype, "hidden")
+    softcap = None if softcap is None else float(softcap)
+    rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
+    counted, dtype = flat_target != ignore_index, losses.compute_dtype(hidden.dtype)
+    coefficients = losses.Weighting(coefficient.detach(), counted, "sum", None, dtype).coefficients()
+    total, logp = _sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)
+    return total, logp.view(target.shape)
+
+
+def _sum(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    coefficients: torch.Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bias = None if bias is None else bias.to(losses.compute_dtype(rows.dtype)).contiguous()
+    total, *_, logp = linear_log_prob_sum(
+        rows, weight, bias, target, coefficients, ignore_index, softcap, float(logit_scale),
+        needs_gradient(rows), needs_gradient(weight, bias), backend,
+    )  # fmt: skip
+    losses.lend_stash(total)
+    return total, logp
 
 
 @torch.library.custom_op("trace_kernels::linear_log_prob_sum", mutates_args=())
@@ -121,15 +167,15 @@ def linear_log_prob_sum(
     want_dhidden: bool,
     want_dweight: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of row_weight_t * logp_t; the weights are constants, so both gradients are formed at once."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of row_weight_t * logp_t; the weights are constants, so both gradients are formed at once. Last: logp."""
     losses.check_target_values(target, weight.shape[0], ignore_index)
     with losses.without_autocast(hidden.device):
         logp, _, dhidden, dweight, dbias = backends.select(backend, hidden.device, hidden, weight, bias).forward(
             hidden, weight, bias, target, row_weight, ignore_index, softcap, logit_scale, want_dhidden, want_dweight
         )
     total = (logp if row_weight is None else logp * row_weight).sum()
-    return total, dhidden, dweight, dbias
+    return total, dhidden, dweight, dbias, logp
 
 
 @linear_log_prob_sum.register_fake
@@ -145,7 +191,7 @@ def _(
     want_dhidden: bool,
     want_dweight: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (num_rows, width), vocabulary = hidden.shape, weight.shape[0]
     total = hidden.new_empty((), dtype=losses.compute_dtype(hidden.dtype))
     return (
@@ -153,13 +199,14 @@ def _(
         hidden.new_empty(num_rows if want_dhidden else 0, width),
         weight.new_empty(vocabulary if want_dweight else 0, width),
         total.new_empty(vocabulary if want_dweight else 0),
+        total.new_empty(num_rows),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, inputs[4])
+    ctx.save_for_backward(*output[:4], inputs[4])
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
