@@ -1,4 +1,4 @@
-"""Calibration at scale, and beside torch and general solvers: one table.
+"""Calibration at scale, and beside torch, a general solver and published packages: one table.
 
     python -m benchmarks.calibration [--tokens 10000000] [--folder DIR] [--min-ess 0.5] [--rule balance] [--json FILE]
 
@@ -6,7 +6,7 @@ Synthetic routes of 48 layers, top-8 of 128 experts, 4 selected a layer: experts
 topic each, layers that depend on each other through the topic and through the token. They are written to a file in
 DIR (384 bytes a token) and mapped from there, as `calibrate` maps what `profile` wrote. Memory is what the process
 holds beyond the file's own pages (RssAnon), sampled every 20 ms. Ratios are medians over rounds in which both took
-turns on the same tokens.
+turns on the same tokens. The packages ebal and empirical_calibration are peers where they are installed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ L, E, K = 48, 128, 8
 TOPICS, BANK, DOCUMENT, LINKED = 32, 512, 256, 3
 FORGOTTEN = 2  # topics that the forget data is about
 BLOCK = 200_000
+RIDGE, EXACT = 1e-4, 1e-12  # of the comparison with scipy; of that with packages that know none
 
 Row = tuple[str, str, str]  # what, figure, goal
 
@@ -194,22 +198,45 @@ def whole(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: 
     ]
 
 
-def by_scipy(hits: np.ndarray, target: np.ndarray, ridge: float) -> np.ndarray:
-    """Weights from a general solver on the same dual: L-BFGS-B over a dense matrix, as one would write it."""
+Solver = Callable[[np.ndarray, np.ndarray], np.ndarray]  # dense hits [N, M] and targets [M] to weights [N] of mean 1
+
+
+def by_scipy(hits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """A general solver on the same dual: L-BFGS-B over a dense matrix, as one would write it."""
     from scipy.optimize import minimize
     from scipy.special import logsumexp, softmax
 
     def dual(free: np.ndarray) -> tuple[float, np.ndarray]:
         x = hits @ free
-        value = logsumexp(x) - np.log(len(x)) - free @ target + ridge / 2 * free @ free
-        return value, softmax(x) @ hits - target + ridge * free
+        value = logsumexp(x) - np.log(len(x)) - free @ target + RIDGE / 2 * free @ free
+        return value, softmax(x) @ hits - target + RIDGE * free
 
     start = np.zeros(hits.shape[1])
     found = minimize(dual, start, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-10})
     return softmax(hits @ found.x) * len(hits)
 
 
-def beside_scipy(stats: RoutingStatistics, selected: torch.Tensor, ridge: float = 1e-4) -> list[Row]:
+def by_empirical_calibration(hits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Google's package: entropy balancing (Hainmueller 2012; arXiv 1906.11920), the estimating equations by fsolve."""
+    from empirical_calibration import Objective, calibrate
+
+    weights, success = calibrate(hits, target[None], objective=Objective.ENTROPY)
+    assert success, "empirical_calibration found no solution"
+    return weights * len(hits)
+
+
+def by_ebal(hits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The package of R's ebal: Newton over a dense matrix. It also checks the rank and fits an outcome (a constant)."""
+    from ebal import ebal_bin
+
+    treated = np.repeat([0, 1], [len(hits), 2])  # those that are matched: two rows whose mean is the target
+    solver = ebal_bin(PCA=False, print_level=-1, constraint_tolerance=1e-10)
+    found = solver.ebalance(treated, np.vstack([hits, target, target]), np.zeros(len(treated)))
+    assert found["converged"], "ebal did not converge"
+    return found["w"][: len(hits)] * len(hits)
+
+
+def beside(stats: RoutingStatistics, selected: torch.Tensor, name: str, solver: Solver, ridge: float) -> list[Row]:
     """The same problem without bounds on 100,000 tokens: the weights' difference and the ratio of times."""
     routes = stats.retain_routes[: min(100_000, len(stats.retain_routes))]
     target = stats.forget_frequency[selected[:, 0], selected[:, 1]]
@@ -224,15 +251,28 @@ def beside_scipy(stats: RoutingStatistics, selected: torch.Tensor, ridge: float 
         weights["ours"] = np.exp(x - x.max()) / np.exp(x - x.max()).mean()
 
     def theirs() -> None:
-        weights["scipy"] = by_scipy(dense, target.numpy(), ridge)
+        weights["theirs"] = solver(dense, target.numpy())
 
-    timings = interleave({"ours": ours, "scipy": theirs}, torch.device("cpu"), seconds=1.0, least_rounds=3)
-    difference = np.abs(weights["ours"] - weights["scipy"]).max()
+    timings = interleave({"ours": ours, "theirs": theirs}, torch.device("cpu"), seconds=1.0, least_rounds=3)
+    difference = np.abs(weights["ours"] - weights["theirs"]).max()
     return [
-        (f"solve on {len(routes)} tokens, no bounds", f"{timings['ours'].median / 1e3:.2f} s", ""),
-        ("  beside scipy (L-BFGS-B, dense)", f"{median_ratio(timings['ours'], timings['scipy']):.1f} x faster", ""),
+        (f"solve on {len(routes)} tokens, ridge {ridge:g}", f"{timings['ours'].median / 1e3:.2f} s", ""),
+        (f"  beside {name}", f"{median_ratio(timings['ours'], timings['theirs']):.1f} x faster", ""),
         ("  largest difference of a weight", f"{difference:.1e}", "<= 1e-5"),
     ]
+
+
+def beside_packages(stats: RoutingStatistics, selected: torch.Tensor) -> list[Row]:
+    """Published packages, where they are installed: they match exactly, so our ridge is as good as 0."""
+    rows: list[Row] = []
+    packages: dict[str, Solver] = {"ebal": by_ebal, "empirical_calibration": by_empirical_calibration}
+    for module, solver in packages.items():
+        if find_spec(module) is None:
+            rows.append((f"{module}", "not installed: skipped", ""))
+        else:
+            name = f"{module} {version(module)}"
+            rows += beside(stats, selected, name, solver, ridge=EXACT)
+    return rows
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -246,7 +286,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts-per-layer", type=int, default=4)
     parser.add_argument("--rule", default="balance", choices=["balance", "additive"])
     parser.add_argument("--min-ess", type=float, default=0.5)
-    parser.add_argument("--only", default="pass,solve,whole,scipy", help="of these parts, separated by commas")
+    parser.add_argument("--only", default="pass,solve,whole,scipy,packages", help="of these parts, separated by commas")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
@@ -267,7 +307,9 @@ def main(arguments: list[str] | None = None) -> None:
         if "whole" in parts:
             rows += whole(stats, selected, options.rule, options.min_ess)
         if "scipy" in parts:
-            rows += beside_scipy(stats, selected)
+            rows += beside(stats, selected, "scipy (L-BFGS-B, dense)", by_scipy, ridge=RIDGE)
+        if "packages" in parts:
+            rows += beside_packages(stats, selected)
     machine: dict[str, Any] = describe(torch.device("cpu"))
     print(f"{options.tokens} tokens, {L} layers, top-{K} of {E} experts; " + ", ".join(map(str, machine.values())))
     for what, figure, goal in rows:

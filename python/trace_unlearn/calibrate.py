@@ -16,7 +16,7 @@ from trace_unlearn import files
 from trace_unlearn.balance import DISTANCES, balance
 from trace_unlearn.errors import UserError
 from trace_unlearn.feasible import checked_pairs, dependencies, reachable
-from trace_unlearn.heaviest import describe_heaviest
+from trace_unlearn.heaviest import heaviest_of_profile
 from trace_unlearn.patterns import Patterns
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.selection import Selection, effective_tokens, frequencies, select_experts, wilson_interval
@@ -330,6 +330,8 @@ def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
     found = calibrate(stats, **{k: v for k, v in settings.items() if k not in ("output", "show_tokens")})
     say(found.summary())
     if options.show_tokens:
-        say(describe_heaviest(found, stats.meta, options.show_tokens))
+        heaviest = heaviest_of_profile(found, stats.meta, options.show_tokens)
+        head = f"the {len(heaviest)} retain tokens with the largest weights, in brackets:"
+        say("\n".join([head, *map(str, heaviest)]))
     found.save(options.output)
     say(f"written to {options.output}")

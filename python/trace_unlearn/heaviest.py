@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -16,10 +16,23 @@ from trace_unlearn.weights import Calibration
 _CONTEXT = 12  # tokens shown before the one that is predicted
 
 
-def heaviest_tokens(calibration: Calibration, retain: datasets.Dataset, tokenizer: Any, count: int = 10) -> list[str]:
-    """One line for each of the `count` tokens with the largest weights: weight, document, and the text up to it.
+class HeavyToken(NamedTuple):
+    """A token with a large weight: the number of its document, and the text up to it, the token itself in brackets."""
 
-    The weight of a position multiplies the loss of the token after it, which is shown in brackets.
+    weight: float
+    document: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.weight:8.2f}  document {self.document}: {self.text}"
+
+
+def heaviest_tokens(
+    calibration: Calibration, retain: datasets.Dataset, tokenizer: Any, count: int = 10
+) -> list[HeavyToken]:
+    """The `count` tokens with the largest weights, the heaviest first.
+
+    The weight of a position multiplies the loss of the token after it, which is the one in brackets.
 
     Raises:
         UserError: the calibration was made for other data.
@@ -29,7 +42,7 @@ def heaviest_tokens(calibration: Calibration, retain: datasets.Dataset, tokenize
     weights = calibration.token_weight
     best = weights.sort(descending=True, stable=True).indices[:count]
     document = torch.searchsorted(calibration.retain_offsets, best, right=True) - 1
-    lines = []
+    found = []
     for token, number in zip(best.tolist(), document.tolist(), strict=True):
         row = retain[number]
         bearing = [t for t in range(len(row["labels"]) - 1) if row["labels"][t + 1] != IGNORE_INDEX]
@@ -37,12 +50,12 @@ def heaviest_tokens(calibration: Calibration, retain: datasets.Dataset, tokenize
         before = tokenizer.decode(row["input_ids"][max(0, at - _CONTEXT) : at])
         next_token = tokenizer.decode(row["input_ids"][at : at + 1])
         text = " ".join(f"{before} [{next_token}]".split())
-        lines.append(f"{float(weights[token]):8.2f}  document {number}: {text}")
-    return lines
+        found.append(HeavyToken(float(weights[token]), number, text))
+    return found
 
 
-def describe_heaviest(calibration: Calibration, meta: dict[str, Any], count: int) -> str:
-    """The lines of `heaviest_tokens`, from the data and the model that the profile's `meta` names.
+def heaviest_of_profile(calibration: Calibration, meta: dict[str, Any], count: int) -> list[HeavyToken]:
+    """What `heaviest_tokens` gives, from the data and with the tokenizer that the profile's `meta` names.
 
     Raises:
         UserError: the profile was not made by the verb, or its data is no longer there or another.
@@ -52,5 +65,4 @@ def describe_heaviest(calibration: Calibration, meta: dict[str, Any], count: int
         raise UserError("show_tokens: the profile does not say where its data came from; make it with the verb profile")
     tokenizer = load_tokenizer(source["model"])
     retain = load_tokens(source["retain"], tokenizer, max_length=source["max_length"], limit=source["retain_limit"])
-    lines = heaviest_tokens(calibration, retain, tokenizer, count)
-    return "\n".join([f"the {len(lines)} retain tokens with the largest weights, in brackets:", *lines])
+    return heaviest_tokens(calibration, retain, tokenizer, count)

@@ -33,6 +33,7 @@ MAIN_MEASURES = {
     "routing_shift.changed": "share of expert choices changed",
 }
 LISTED_EXPERTS = 24  # rows of the experts' table that are shown unfolded
+_TOKENS = 1 << 13  # whose routes are read at a time
 
 
 @dataclass
@@ -43,10 +44,13 @@ class ReportOptions:
         run: the run folder, with what the verbs wrote into it: profile/, calibration/, model/, metrics.json,
             attacks.json. What is not there yet is left out of the page.
         output: where to write; by default the run folder itself.
+        show_tokens: show so many of the retain tokens with the largest weights, in their context; reads the retain
+            data again. 0 for none.
     """
 
     run: str
     output: str | None = None
+    show_tokens: int = 10
 
 
 def main(options: ReportOptions, say: Callable[[str], None] = print) -> None:
@@ -55,13 +59,15 @@ def main(options: ReportOptions, say: Callable[[str], None] = print) -> None:
     output = Path(options.output) if options.output else folder
     if not folder.is_dir():
         raise UserError(f"run: {folder} is not a folder")
+    if options.show_tokens < 0:
+        raise UserError(f"show_tokens: got {options.show_tokens}, allowed is 0 or more")
     say(f"report: {folder} -> {output / 'report.html'}")
-    page = report_run(folder)
+    page = report_run(folder, options.show_tokens)
     say(f"wrote {page.write(output, footer=footer())}")
 
 
-def report_run(folder: Path) -> Page:
-    """The page about a run folder.
+def report_run(folder: Path, show_tokens: int = 10) -> Page:
+    """The page about a run folder, with so many of the retain tokens that have the largest weights.
 
     Raises:
         UserError: the folder holds nothing to report, or a file in it is broken.
@@ -95,6 +101,8 @@ def report_run(folder: Path) -> Page:
         describe_training(page, training.pop("log"))
     if stats is not None and calibration is not None:
         describe_calibration(page, stats, calibration)
+        if show_tokens:
+            heaviest(page, stats, calibration, show_tokens)
     elif stats is not None:
         page.heading("Routing")
         heatmaps(page, {"Forget set": stats.forget_frequency, "Retain set": stats.retain_frequency}, [])
@@ -141,6 +149,7 @@ def describe_calibration(
         "Retain set, weighted": weighted_frequency(stats, calibration.token_weight),
     }
     heatmaps(page, maps, selected)
+    intervals(page, calibration)
     page.figure(
         "calibration",
         plots.calibration_scatter(f, r, weighted),
@@ -156,14 +165,54 @@ def describe_calibration(
         f"{weights.mean():.2f}, median {np.median(weights):.2f}.",
         caption="Weights of the retain tokens; both axes are logarithmic.",
     )
-    rows = [
-        [f"layer {layer}, expert {expert}", float(f[i]), float(r[i]), float(weighted[i]), float(weighted[i] - f[i])]
-        for i, (layer, expert) in enumerate(selected)
-    ]
+    shares = calibration.quantiles()
+    page.table("Quantiles of the weights", ["", *shares], [["weight", *shares.values()]])
+    names = (f"layer {layer}, expert {expert}" for layer, expert in selected)
+    f_spans, r_spans = (map(_span, values) for values in (calibration.f_interval, calibration.r_interval))
+    rows = list(zip(names, f, f_spans, r, r_spans, weighted, weighted - f, strict=True))
     for note in calibration.notes:
         page.paragraph(f"Note: {note}.")
-    columns = ["expert", "forget", "retain", "retain, weighted", "error left"]
+    columns = ["expert", "forget", "95 % interval", "retain", "95 % interval", "retain, weighted", "error left"]
     page.table("Share of tokens that use each forget-critical expert", columns, rows, folded=len(rows) > LISTED_EXPERTS)
+
+
+def intervals(page: Page, calibration: Calibration) -> None:
+    """How often forget-critical experts are used on either side, with intervals; of many, those furthest apart."""
+    apart = (calibration.f - calibration.r).abs()
+    shown = apart.sort(descending=True, stable=True).indices[:LISTED_EXPERTS].sort().values
+    if len(shown) == 0:
+        return
+    labels = [f"{layer} / {expert}" for layer, expert in calibration.selected[shown].tolist()]
+    c = calibration
+    f, f_span, r, r_span, weighted = (
+        _array(values[shown]) for values in (c.f, c.f_interval, c.r, c.r_interval, c.weighted_r)
+    )
+    which = f"the {len(shown)} of {len(apart)} furthest apart" if len(shown) < len(apart) else "all of them"
+    sure = int(((f_span[:, 0] > r_span[:, 1]) | (f_span[:, 1] < r_span[:, 0])).sum())
+    page.figure(
+        "intervals",
+        plots.frequency_intervals(labels, f, f_span, r, r_span, weighted),
+        alt=f"Dot plot of {len(shown)} experts with 95 % intervals; those of forget and retain set do not overlap for "
+        f"{sure} of them. Furthest apart is expert {labels[int(np.abs(f - r).argmax())]} (MoE layer / expert).",
+        caption=f"Forget-critical experts, {which}, with 95 % intervals, before and after weighting.",
+    )
+
+
+def heaviest(page: Page, stats: RoutingStatistics, calibration: Calibration, count: int) -> None:
+    """The retain tokens with the largest weights, as text, if the data is still where profile read it."""
+    from trace_unlearn.heaviest import heaviest_of_profile
+
+    try:
+        tokens = heaviest_of_profile(calibration, stats.meta, count)
+    except UserError as error:
+        page.paragraph(f"The retain tokens with the largest weights cannot be shown: {error}.")
+        return
+    page.table(
+        "Retain tokens with the largest weights, in brackets",
+        ["document", "weight", "text"],
+        [[str(token.document), token.weight, token.text] for token in tokens],
+        text=True,
+    )
 
 
 def heatmaps(page: Page, frequencies: Mapping[str, torch.Tensor], selected: Sequence[tuple[int, int]]) -> None:
@@ -187,12 +236,14 @@ def heatmaps(page: Page, frequencies: Mapping[str, torch.Tensor], selected: Sequ
 def weighted_frequency(stats: RoutingStatistics, token_weight: torch.Tensor) -> torch.Tensor:
     """[L, E] float64: the retain set's activation frequencies when token t counts token_weight[t]."""
     L, E = stats.retain_counts.shape
-    routes = stats.retain_routes.numpy()  # [N, L, k]
-    weight = np.repeat(_array(token_weight), routes.shape[2])  # a token's weight for each of its k experts
-    frequency = np.stack(
-        [np.bincount(routes[:, layer].ravel(), weight, minlength=E + 1)[:E] for layer in range(L)]
-    )  # an empty slot has a number of E or more
-    return torch.from_numpy(frequency / token_weight.double().sum().item())
+    routes, weight = stats.retain_routes.numpy(), _array(token_weight)
+    total = np.zeros((L, E + 1))  # an empty slot has a number of E or more
+    for begin in range(0, len(weight), _TOKENS):
+        part = routes[begin : begin + _TOKENS].transpose(1, 0, 2).reshape(L, -1)
+        each = np.repeat(weight[begin : begin + _TOKENS], routes.shape[2])  # a token's weight for each of its k experts
+        for layer in range(L):
+            total[layer] += np.bincount(part[layer], each, minlength=E + 1)[: E + 1]
+    return torch.from_numpy(total[:, :E] / weight.sum())
 
 
 def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
@@ -263,6 +314,10 @@ def footer() -> str:
 
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
     return f"Written by trace-unlearn {trace_kernels.__version__} on {now}."
+
+
+def _span(interval: torch.Tensor) -> str:
+    return "{:.3f} to {:.3f}".format(*interval.tolist())
 
 
 def _array(values: torch.Tensor) -> npt.NDArray[np.float64]:

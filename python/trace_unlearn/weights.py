@@ -131,6 +131,11 @@ class Calibration:
         weights = self.token_weight[torch.randperm(len(self.token_weight), generator=generator)]
         return replace(self, token_weight=weights, shuffle_seed=seed, **matching(weights, self.hits, self.f))
 
+    def quantiles(self) -> dict[str, float]:
+        """Of the weights, from the lowest percent to the highest thousandth."""
+        ranked = self.token_weight.sort().values
+        return {name: float(ranked[int(share * (len(ranked) - 1))]) for name, share in _QUANTILES.items()}
+
     def summary(self) -> str:
         """For people: a row per selected expert, the errors before and after, and what to know about the weights."""
         lines = ["layer  expert  forget f  [95 % interval]   retain r  [95 % interval]   weighted r     error"]
@@ -151,9 +156,7 @@ class Calibration:
             f"effective sample size {self.ess:.3f} of {len(self.token_weight)} tokens, largest weight "
             f"{self.largest_weight:.2f} (mean 1)"
         )
-        ranked = self.token_weight.sort().values
-        shares = {name: float(ranked[int(share * (len(ranked) - 1))]) for name, share in _QUANTILES.items()}
-        lines.append("weights: " + ", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
+        lines.append("weights: " + ", ".join(f"{name} {value:.3f}" for name, value in self.quantiles().items()))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:

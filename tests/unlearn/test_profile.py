@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from html import unescape
 
 import datasets
 import pytest
@@ -13,6 +14,7 @@ from trace_unlearn.calibrate import CalibrateOptions
 from trace_unlearn.calibrate import main as calibrate_main
 from trace_unlearn.errors import UserError
 from trace_unlearn.profile import ProfileOptions, RoutingStatistics, main, profile_routing
+from trace_unlearn.report import report_run
 from trace_unlearn.routing import RoutingRecorder
 from trace_unlearn.weights import Calibration
 
@@ -195,6 +197,12 @@ def test_the_verb(tmp_path, checkpoint):
         before, after = shown_text.split(" [")
         assert number == "0"
         assert f"{before} {after[:-1]}".replace("<s>", "").replace("</s>", "").strip() in text
+    html = unescape(report_run(tmp_path, show_tokens=3).render())
+    for line in lines:
+        assert line.split(": ", 1)[1] in html
+    (tmp_path / "retain.txt").rename(tmp_path / "moved.txt")
+    assert "weights cannot be shown" in report_run(tmp_path).render()
+    (tmp_path / "moved.txt").rename(tmp_path / "retain.txt")
     shutil.rmtree(shown.output)
     with pytest.raises(UserError, match="exists"):
         main(options, said.append)

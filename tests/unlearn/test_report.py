@@ -10,7 +10,7 @@ import torch
 from trace_unlearn import cli, files, plots, report
 from trace_unlearn.calibrate import calibrate
 from trace_unlearn.errors import UserError
-from trace_unlearn.page import Page
+from trace_unlearn.page import Page, show
 from trace_unlearn.profile import RoutingStatistics
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 2
@@ -88,12 +88,18 @@ def test_report_verb_writes_one_self_contained_page(run_folder, capsys):
     assert page.links
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"url\(|@import|https?://", html)
-    assert len(page.pictures) == 4
+    assert len(page.pictures) == 5
     assert all(len(picture["alt"]) > 40 for picture in page.pictures)
     assert "a &lt;model&gt; &amp; more" in html
     for text in ("5.125", "learning_rate", "min_ess", "2.0"):
         assert text in html
-    for name in ("experts", "calibration", "weights", "trade-off"):
+    found = calibrate(statistics())
+    shown = [show(value) for values in (found.f, found.r, found.weighted_r) for value in values.tolist()]
+    shown += [show(found.ess), show(found.largest_weight), *map(show, found.quantiles().values())]
+    shown += ["{:.3f} to {:.3f}".format(*span) for spans in (found.f_interval, found.r_interval) for span in spans]
+    assert not [text for text in shown if text not in html]
+    assert "cannot be shown: show_tokens: the profile does not say where its data came from" in html
+    for name in ("experts", "intervals", "calibration", "weights", "trade-off"):
         assert (run_folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -123,7 +129,7 @@ def test_attacks_and_benchmarks_are_shown_beside_the_scores(run_folder):
     files.write_json(run_folder / "metrics.json", metrics)
     html = report.report_run(run_folder).render()
     page = Reader(html)
-    assert len(page.pictures) == 6
+    assert len(page.pictures) == 7
     dots = next(picture for picture in page.pictures if picture["alt"].startswith("Dot plot"))
     assert "a/model: not attacked 0.125, relearned, 20 steps 0.500, 4 bits 0.062; b/model: not" in dots["alt"]
     assert "nan" not in dots["alt"]
@@ -162,7 +168,25 @@ def test_nothing_to_report(tmp_path, capsys):
         report.report_run(tmp_path)
 
 
-def test_weighted_frequency_is_that_of_repeated_tokens():
+def test_of_many_experts_those_furthest_apart_are_plotted(monkeypatch):
+    monkeypatch.setattr(report, "LISTED_EXPERTS", 3)
+    found = calibrate(statistics())
+    apart = [abs(f - r) for f, r in zip(found.f.tolist(), found.r.tolist(), strict=True)]
+    expected = sorted(sorted(range(len(apart)), key=lambda i: -apart[i])[:3])
+    drawn = []
+    monkeypatch.setattr(
+        plots, "frequency_intervals", lambda *given: drawn.append(given) or plots.weight_histogram(np.ones(2))
+    )
+    report.intervals(Page("", ""), found)
+    labels, f, f_span, *_ = drawn[0]
+    assert labels == [f"{layer} / {expert}" for layer, expert in found.selected[expected].tolist()]
+    np.testing.assert_array_equal(f, found.f[expected])
+    np.testing.assert_array_equal(f_span, found.f_interval[expected])
+
+
+@pytest.mark.parametrize("at_a_time", [7, 1 << 13])
+def test_weighted_frequency_is_that_of_repeated_tokens(monkeypatch, at_a_time):
+    monkeypatch.setattr(report, "_TOKENS", at_a_time)
     stats = statistics()
     uniform = report.weighted_frequency(stats, torch.ones(stats.retain_tokens))
     torch.testing.assert_close(uniform, stats.retain_frequency)
