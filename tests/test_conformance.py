@@ -101,6 +101,7 @@ def test_a_compiled_module_of_another_version_serves_what_it_has(monkeypatch):
 
 def test_a_refusal_names_the_op_that_was_called():
     hidden, weight, target = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1])
-    for function in (trace_kernels.linear_log_prob, trace_kernels.linear_cross_entropy):
+    functions = (trace_kernels.linear_log_prob, trace_kernels.linear_cross_entropy)
+    for function in (*functions, *(torch.compile(function, backend="eager", fullgraph=True) for function in functions)):
         with pytest.raises(BackendError, match=f"of {function.__name__} refuses"):
             function(hidden.double(), weight.double(), target, backend="cpu")

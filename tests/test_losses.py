@@ -1,7 +1,9 @@
 """Laws of the loss ops: gradients, weights, rows that do not count, and what is and is not computed."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -427,6 +429,14 @@ def test_normalizer_is_a_constant():
     loss = tk.linear_cross_entropy(hidden, weight, target, token_weight.requires_grad_(), normalizer=normalizer)
     torch.testing.assert_close(loss * 3, tk.linear_cross_entropy(hidden, weight, target, token_weight, reduction="sum"))
     assert torch.autograd.grad(loss, normalizer, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("number", [np.float32(3), np.float64(3), np.int64(3), np.uint8(3), Fraction(3)])
+def test_normalizer_is_any_real_number(number):
+    hidden, weight, target, _ = inputs()
+    arguments = (hidden, weight, target)
+    expected = tk.linear_cross_entropy(*arguments, normalizer=3.0)
+    assert torch.equal(tk.linear_cross_entropy(*arguments, normalizer=number), expected)
 
 
 @LOSSES

@@ -203,6 +203,7 @@ REFUSED = [
     (tk.linear_cross_entropy, LCE, {"token_weight": 2.0}, TypeError, "token_weight: got float"),
     (tk.linear_cross_entropy, LCE, {"reduction": "avg"}, ValueError, "reduction: got 'avg'"),
     (tk.linear_cross_entropy, LCE, {"normalizer": "x"}, TypeError, "normalizer: got str"),
+    (tk.linear_cross_entropy, LCE, {"normalizer": True}, TypeError, "normalizer: got bool"),
     (tk.linear_cross_entropy, LCE, {"normalizer": rows}, ValueError, "normalizer: got shape"),
     (tk.linear_cross_entropy, LCE, {"normalizer": torch.tensor(True)}, TypeError, "normalizer: got dtype bool"),
     (tk.linear_cross_entropy, LCE, {"normalizer": 2, "reduction": "sum"}, ValueError, "normalizer: given with"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -120,8 +121,8 @@ def check_weighting(
         validate.check_ndim("normalizer", normalizer, 0, "a number or a 0-d tensor")
         if normalizer.dtype == torch.bool or normalizer.dtype.is_complex:
             raise TypeError(f"normalizer: got dtype {_name(normalizer.dtype)}, allowed is a real number")
-    else:
-        check_number("normalizer", normalizer, "a number or a 0-d tensor")
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, numbers.Real):  # numpy's scalars are such
+        raise TypeError(f"normalizer: got {type(normalizer).__name__}, allowed is a real number or a 0-d tensor")
 
 
 class Weighting:
@@ -155,7 +156,8 @@ class Weighting:
         if isinstance(self.normalizer, torch.Tensor):
             return self.normalizer.detach().to(self.counted.device, self.dtype)
         if self.normalizer is not None:
-            return torch.full((), self.normalizer, dtype=self.dtype, device=self.counted.device)
+            number = self.normalizer if isinstance(self.normalizer, int | float) else float(self.normalizer)
+            return torch.full((), number, dtype=self.dtype, device=self.counted.device)
         return self.counted.sum().to(self.dtype) if self.rows is None else self.rows.sum()
 
     def coefficients(self) -> torch.Tensor | None:

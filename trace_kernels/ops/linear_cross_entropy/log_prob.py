@@ -91,9 +91,6 @@ def linear_log_prob(
     check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
     losses.check_same_dtype("weight", weight, hidden.dtype, "hidden")
-    if backend != "auto" and not torch.compiler.is_compiling():
-        # What follows is shared with linear_cross_entropy: here a refusal names the op that was called.
-        log_prob_backends.select(backend, hidden.device, hidden, weight, bias)
     softcap = None if softcap is None else float(softcap)
     rows = hidden.reshape(target.numel(), hidden.shape[-1])
     logp = per_token(
@@ -162,7 +159,7 @@ def linear_log_prob_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     losses.check_target_values(target, weight.shape[0], ignore_index)
     with losses.without_autocast(hidden.device):
-        logp, lse, dhidden, _, _ = backends.select(backend, hidden.device, hidden, weight, bias).forward(
+        logp, lse, dhidden, _, _ = log_prob_backends.select(backend, hidden.device, hidden, weight, bias).forward(
             hidden, weight, bias, target, row_weight, ignore_index, softcap, logit_scale, want_dhidden, False
         )
     return logp, lse, dhidden
@@ -253,7 +250,7 @@ def linear_log_prob_split(
     slices.check_target(target, ignore_index)
     local_target = slices.local_target(target, ignore_index)
     with losses.without_autocast(hidden.device):
-        functions = backends.select(backend, hidden.device, hidden, weight, bias)
+        functions = log_prob_backends.select(backend, hidden.device, hidden, weight, bias)
         options = (vocabulary.IGNORED, softcap, logit_scale, want_dhidden, False)
         logp, lse, dhidden, _, _ = functions.forward(hidden, weight, bias, local_target, row_weight, *options)
         kept = kept_rows(local_target, row_weight, vocabulary.IGNORED)
