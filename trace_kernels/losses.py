@@ -121,8 +121,12 @@ def check_weighting(
         validate.check_ndim("normalizer", normalizer, 0, "a number or a 0-d tensor")
         if normalizer.dtype == torch.bool or normalizer.dtype.is_complex:
             raise TypeError(f"normalizer: got dtype {_name(normalizer.dtype)}, allowed is a real number")
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, numbers.Real):  # numpy's scalars are such
+    elif isinstance(normalizer, bool) or not _is_real(normalizer):
         raise TypeError(f"normalizer: got {type(normalizer).__name__}, allowed is a real number or a 0-d tensor")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real)  # numpy's scalars are such, though no float to a type checker
 
 
 class Weighting:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from trace_unlearn import hub
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import read_json
 
@@ -42,7 +43,7 @@ def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True, weig
     if folder is not None:
         _check_folder(folder, weights)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder or name))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=False)
     except Exception as error:  # a foreign file, a network
         raise UserError(_unloaded(name, folder, "its configuration", error)) from error
     if moe and not _has_experts(config.to_dict()):
@@ -88,9 +89,10 @@ def load_model(
     target = None if placed else _device(device)
     kind = _dtype(dtype)
     check_inputs(name, moe=False)
+    folder = _local_folder(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(_local_folder(name) or name), dtype=kind, output_loading_info=True, **placed
+            str(folder or name), dtype=kind, output_loading_info=True, trust_remote_code=False, **placed
         )
         model: PreTrainedModel = loaded[0]
         info: dict[str, Any] = loaded[1]
@@ -135,7 +137,7 @@ def load_tokenizer(
     if folder is not None and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise UserError(f"{name}: no tokenizer there: none of {', '.join(TOKENIZER_FILES)} is in the folder")
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder or name))
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a foreign file, a network
         raise UserError(_unloaded(name, folder, "the tokenizer", error)) from error
@@ -158,7 +160,7 @@ def load_tokenizer(
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder that `name` means, None for a name on the hub; UserError for a path where no folder is."""
+    """The folder that `name` means, None for a name to ask the hub for; UserError for what is neither."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -166,7 +168,7 @@ def _local_folder(name: str) -> Path | None:
         raise UserError(f"{name}: a file; a checkpoint is a folder that save_pretrained wrote")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: no such folder")
-    return None
+    return hub.cached_model(name) if hub.away() else None
 
 
 def _check_folder(folder: Path, weights: bool) -> None:
@@ -240,6 +242,8 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _unloaded(name: str, folder: Path | None, what: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"{name}: needs Python code of its own, which is not run here; allowed are the models of transformers"
     where = "" if folder is not None else "no such folder, and from the hub "
     return f"{name}: {where}cannot load {what}: {_reason(error)}"
 

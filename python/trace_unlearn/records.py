@@ -118,11 +118,11 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _hub(name: str, config: str | None, split: str) -> Iterator[Record]:
-    import datasets
+    from trace_unlearn.hub import load_dataset
 
     label = f"{name}:{config}" if config else name
     try:
-        data = datasets.load_dataset(name, config, split=split)
+        data = load_dataset(name, config, split)
     except Exception as error:  # every failure here is about a name, a network or foreign data
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(

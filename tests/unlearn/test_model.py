@@ -77,7 +77,7 @@ def test_places_without_a_checkpoint(tmp_path):
     for call in (check_inputs, load_model, load_tokenizer):
         with pytest.raises(UserError, match=r"absent: no such folder"):
             call(tmp_path / "absent")
-        with pytest.raises(UserError, match=r"nobody/nothing: no such folder, and from the hub cannot load"):
+        with pytest.raises(UserError, match=r"nobody/nothing: no such folder, the hub .* cannot be asked"):
             call("nobody/nothing")
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"file: a file; a checkpoint is a folder"):
@@ -87,6 +87,14 @@ def test_places_without_a_checkpoint(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"it holds an adapter; merge it"):
         check_inputs(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path):
+    content = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "theirs.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(UserError, match="needs Python code of its own, which is not run here"):
+        check_inputs(tmp_path, weights=False)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn.errors import UserError
+from trace_unlearn.hub import cached_if_away
 from trace_unlearn.records import Record, read_records
 from trace_unlearn.suites.suite import Suite, check_number, text, texts
 
@@ -102,7 +103,7 @@ class Harness(Suite):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory() as folder, _quiet(), cached_if_away():
             tasks: list[Any] = [*self.tasks, *(self._own_task(name, Path(folder)) for name in self.documents)]
             try:
                 results = lm_eval.simple_evaluate(

@@ -119,7 +119,9 @@ def _speak_of_transformers_5() -> None:
         if gone:
             print(f"open-unlearning: transformers {transformers.__version__} has no {', '.join(gone)}: left out")
         # YAML's null is spelt None in its configuration, and a string is no number of anything under DDP.
-        kept = {name: None if value == "None" else value for name, value in given.items() if name in known}
+        kept: dict[str, Any] = {
+            name: given[name] if given[name] != "None" else None for name in given.keys() & known.keys()
+        }
         return transformers.TrainingArguments(**kept)
 
     get_tokenizer = model.get_tokenizer
