@@ -103,9 +103,15 @@ class RoutingStatistics:
     def load(cls, folder: str | os.PathLike[str]) -> RoutingStatistics:
         """Reads what `save` wrote, the routes as a memory map; UserError for anything else."""
         meta = files.read_json(Path(folder) / META)
+        made_with = meta.pop("format", None) if isinstance(meta, dict) else None
+        if made_with is None:
+            raise UserError(f"{Path(folder) / META}: not routing statistics")
+        if made_with != _FORMAT:
+            raise UserError(
+                f"{folder}: made by another version of trace-unlearn (format {made_with}, this one reads {_FORMAT}); "
+                "run `trace-unlearn profile` again, with another output"
+            )
         tensors: dict[str, Any] = files.load_tensors(Path(folder) / TENSORS)
-        if not isinstance(meta, dict) or meta.pop("format", None) != _FORMAT:
-            raise UserError(f"{Path(folder) / META}: not routing statistics that this version of trace-unlearn reads")
         try:
             # Copy on write: torch wants memory that may be written to; nobody does.
             routes = torch.from_numpy(np.load(Path(folder) / ROUTES, mmap_mode="c"))

@@ -170,9 +170,15 @@ class Calibration:
     def load(cls, folder: str | os.PathLike[str]) -> Calibration:
         """Reads what `save` wrote; UserError for anything else."""
         plain = files.read_json(Path(folder) / META)
+        made_with = plain.pop("format", None) if isinstance(plain, dict) else None
+        if made_with is None:
+            raise UserError(f"{Path(folder) / META}: not a calibration")
+        if made_with != _FORMAT:
+            raise UserError(
+                f"{folder}: made by another version of trace-unlearn (format {made_with}, this one reads {_FORMAT}); "
+                "run `trace-unlearn calibrate` again, with another output"
+            )
         tensors: dict[str, Any] = files.load_tensors(Path(folder) / TENSORS)
-        if not isinstance(plain, dict) or plain.pop("format", None) != _FORMAT:
-            raise UserError(f"{Path(folder) / META}: not a calibration that this version of trace-unlearn reads")
         try:
             found = cls(**tensors, **plain)
             N, M = len(found.token_weight), len(found.selected)

@@ -99,6 +99,16 @@ def test_save_and_load(tmp_path):
         stats.save(tmp_path / "profile")
 
 
+@pytest.mark.parametrize(
+    "reads, meta, verb",
+    [(RoutingStatistics, "routing.json", "profile"), (Calibration, "calibration.json", "calibrate")],
+)
+def test_what_another_version_made_is_to_be_made_again(reads, meta, verb, tmp_path):
+    (tmp_path / meta).write_text('{"format": 1}')
+    with pytest.raises(UserError, match=rf"another version of trace-unlearn \(format 1, .* run `trace-unlearn {verb}`"):
+        reads.load(tmp_path)
+
+
 def test_loading_something_else(tmp_path):
     with pytest.raises(UserError, match=r"routing\.json"):
         RoutingStatistics.load(tmp_path)
