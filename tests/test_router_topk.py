@@ -177,7 +177,7 @@ def test_second_order_gradients_raise(backend):
     for renormalize in (True, False):
         weights, _ = tk.router_topk(logits, 2, renormalize=renormalize, backend=backend)
         (gradient,) = torch.autograd.grad(weights.pow(2).sum(), logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.sum().backward()
 
 

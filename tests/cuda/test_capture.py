@@ -12,10 +12,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trace_kernels import losses
+from trace_kernels import light_op, losses
 from trace_kernels.backends import BackendError, all_ops
 from trace_kernels.conformance import discover, prepare
-from trace_kernels.ops.record_routing import op as record_routing
 from trace_kernels.recording import recording
 
 OPS = {name: op for name, op in discover().items() if "cuda" in {backend.name for backend in all_ops()[name]}}
@@ -26,7 +25,7 @@ READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 def implementation(name):
     """The body of an op, which a call on meta tensors would not reach."""
-    return record_routing._run if name == "trace_kernels::record_routing_" else OPDEFS[name]._init_fn
+    return light_op.RUNS[name] if name in light_op.RUNS else OPDEFS[name]._init_fn
 
 
 class NothingRead(TorchDispatchMode):

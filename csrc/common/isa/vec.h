@@ -42,10 +42,38 @@ template <typename V>
 TK_INLINE void store(void* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
+// Writes whole cache lines past the caches, of which `to` begins one: for results that do not fit into them anyway,
+// where an ordinary store would first read the line. Whoever hands the result to another thread needs the fence.
+TK_INLINE void stream(char* to, const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += sizeof(vf)) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load<__m512i>(from + i));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load<__m256i>(from + i));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), load<__m128i>(from + i));
+#else
+    store(to + i, load<vf>(from + i));
+#endif
+  }
+}
+TK_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 // NaN in x stays NaN: the comparison is false and x is taken.
 TK_INLINE vf at_least(vf x, float low) { return splat(low) > x ? splat(low) : x; }
 
 TK_INLINE float sum_lanes(vf v) {
+#if defined(__AVX512F__)
+  // In registers, in the same order as below.
+  vi lane = {};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    v += _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(lane ^ half), v);
+  return v[0];
+#endif
   float lanes[kLanes];
   store(lanes, v);
   for (int half = kLanes / 2; half > 0; half /= 2)

@@ -1,6 +1,7 @@
 // router_topk on the CPU: one pass over each row of logits gives weights, indices, counts and the token's score; the
 // backward reads the k chosen scores only, unless the gradient is dense. Here: threads and the binding.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -12,29 +13,38 @@
 
 namespace tk {
 
-#define TK_DECLARE_KERNELS(name)             \
-  namespace name {                           \
-  extern const RouterKernels kRouterKernels; \
+#define TK_DECLARE_KERNELS(name)               \
+  namespace name {                             \
+  extern const RouterForward kRouterForward;   \
+  extern const RouterBackward kRouterBackward; \
   }
 TK_DECLARE_KERNELS(portable)
 TK_DECLARE_KERNELS(avx2)
 TK_DECLARE_KERNELS(avx512)
+TK_DECLARE_KERNELS(avx512bf16)
 #undef TK_DECLARE_KERNELS
 
 namespace {
 
-const RouterKernels& router_kernels() {
+struct RouterKernels {
+  RouterForward forward;
+  RouterBackward backward;
+};
+
+RouterKernels router_kernels() {
   switch (current_isa()) {
     case Isa::portable:
-      return portable::kRouterKernels;
+      return {portable::kRouterForward, portable::kRouterBackward};
 #if TK_ISA_X86
     case Isa::avx2:
-      return avx2::kRouterKernels;
-    default:  // bf16 products and tiles are of no use here
-      return avx512::kRouterKernels;
+      return {avx2::kRouterForward, avx2::kRouterBackward};
+    case Isa::avx512:
+      return {avx512::kRouterForward, avx512::kRouterBackward};
+    default:  // tiles are of no use here
+      return {avx512bf16::kRouterForward, avx512bf16::kRouterBackward};
 #else
     default:
-      return portable::kRouterKernels;
+      return {portable::kRouterForward, portable::kRouterBackward};
 #endif
   }
 }
@@ -52,8 +62,13 @@ int useful_threads(int64_t num_tokens, int64_t num_experts, int num_threads) {
   return static_cast<int>(std::clamp<int64_t>(num_tokens * num_experts / kGrain, 1, num_threads));
 }
 
-void forward(const Router& p, int num_threads) {
-  const RouterKernels& kernels = router_kernels();
+// Returns how many entries of the table are NaN or infinite, and writes nothing when there are any.
+int64_t forward(const Router& p, int num_threads) {
+  const int64_t bad = p.table == nullptr
+                          ? 0
+                          : std::count_if(p.table, p.table + p.num_experts, [](float x) { return !std::isfinite(x); });
+  if (bad != 0) return bad;
+  const RouterKernels kernels = router_kernels();
   const int threads = useful_threads(p.num_tokens, p.num_experts, num_threads);
   std::vector<std::vector<int64_t>> partial(threads);
   parallel(threads, [&](int thread, int of) {
@@ -71,50 +86,66 @@ void forward(const Router& p, int num_threads) {
   for (const std::vector<int64_t>& local : partial) {
     for (size_t e = 0; e < local.size(); ++e) p.counts[e] += local[e];
   }
+  return 0;
+}
+
+// Rows that a thread makes before it writes them past the caches; 0 where the caches take the gradient, or rows do not
+// fill cache lines.
+int64_t rows_to_stream(const RouterGradient& p) {
+  constexpr int64_t kBlockBytes = 8192, kLeastBytes = 2 << 20;  // a quarter of the first cache, the second cache
+  const int64_t row_bytes = p.num_experts * (p.type == Type::f32 ? 4 : 2);
+  const bool lines = row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(p.gradient) % 64 == 0;
+  return lines && p.num_tokens * row_bytes >= kLeastBytes ? std::max<int64_t>(kBlockBytes / row_bytes, 1) : 0;
 }
 
 void backward(const RouterGradient& p, int num_threads) {
-  const RouterKernels& kernels = router_kernels();
+  const RouterKernels kernels = router_kernels();
   const int threads = useful_threads(p.num_tokens, p.num_experts, num_threads);
+  const int64_t block_rows = rows_to_stream(p);
   parallel(threads, [&](int thread, int of) {
-    std::vector<float> scratch(row_capacity(p.top_k));
-    kernels.backward(p, split(p.num_tokens, thread, of), scratch.data());
+    struct alignas(64) Line {
+      char bytes[64];
+    };
+    std::vector<float> upstream(row_capacity(p.top_k));
+    std::vector<Line> block(block_rows * p.num_experts * 4 / 64);
+    kernels.backward(p, split(p.num_tokens, thread, of),
+                     {upstream.data(), block.empty() ? nullptr : block.data()->bytes, block_rows});
   });
 }
 
-void router_topk_cpu(uintptr_t logits, int logits_dtype, int64_t num_tokens, int64_t num_experts, int64_t stride_t,
-                     int64_t stride_e, int64_t top_k, int score_function, bool renormalize, float scale, float eps,
-                     uintptr_t bias, int64_t num_groups, int64_t topk_groups, bool sum_top2, float masked_group_value,
-                     uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t weights, int weights_dtype,
-                     uintptr_t indices, uintptr_t chosen, uintptr_t stats, uintptr_t counts, uintptr_t score,
-                     int num_threads) {
-  forward({reinterpret_cast<const void*>(logits),
-           static_cast<Type>(logits_dtype),
-           num_tokens,
-           num_experts,
-           stride_t,
-           stride_e,
-           top_k,
-           static_cast<Score>(score_function),
-           renormalize,
-           scale,
-           eps,
-           reinterpret_cast<const float*>(bias),
-           num_groups,
-           topk_groups,
-           sum_top2,
-           masked_group_value,
-           reinterpret_cast<const bool*>(mask),
-           mask_stride,
-           reinterpret_cast<const float*>(table),
-           reinterpret_cast<void*>(weights),
-           static_cast<Type>(weights_dtype),
-           reinterpret_cast<int64_t*>(indices),
-           reinterpret_cast<float*>(chosen),
-           reinterpret_cast<float*>(stats),
-           reinterpret_cast<int64_t*>(counts),
-           reinterpret_cast<float*>(score)},
-          num_threads);
+int64_t router_topk_cpu(uintptr_t logits, int logits_dtype, int64_t num_tokens, int64_t num_experts, int64_t stride_t,
+                        int64_t stride_e, int64_t top_k, int score_function, bool renormalize, float scale, float eps,
+                        uintptr_t bias, int64_t num_groups, int64_t topk_groups, bool sum_top2,
+                        float masked_group_value, uintptr_t mask, int64_t mask_stride, uintptr_t table,
+                        uintptr_t weights, int weights_dtype, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
+                        uintptr_t counts, uintptr_t score, int num_threads) {
+  return forward({reinterpret_cast<const void*>(logits),
+                  static_cast<Type>(logits_dtype),
+                  num_tokens,
+                  num_experts,
+                  stride_t,
+                  stride_e,
+                  top_k,
+                  static_cast<Score>(score_function),
+                  renormalize,
+                  scale,
+                  eps,
+                  reinterpret_cast<const float*>(bias),
+                  num_groups,
+                  topk_groups,
+                  sum_top2,
+                  masked_group_value,
+                  reinterpret_cast<const bool*>(mask),
+                  mask_stride,
+                  reinterpret_cast<const float*>(table),
+                  reinterpret_cast<void*>(weights),
+                  static_cast<Type>(weights_dtype),
+                  reinterpret_cast<int64_t*>(indices),
+                  reinterpret_cast<float*>(chosen),
+                  reinterpret_cast<float*>(stats),
+                  reinterpret_cast<int64_t*>(counts),
+                  reinterpret_cast<float*>(score)},
+                 num_threads);
 }
 
 void router_topk_backward_cpu(uintptr_t grad_weights, int grad_dtype, int64_t grad_stride_t, int64_t grad_stride_k,

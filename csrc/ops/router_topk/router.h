@@ -1,5 +1,5 @@
-// What router_topk's threads and binding (cpu.cpp) and its row kernels (rows.isa.cpp, one copy per instruction set)
-// share.
+// What router_topk's threads and binding (cpu.cpp) and its row kernels (rows.isa.cpp and gradient.isa.cpp,
+// one copy per instruction set) share.
 #pragma once
 
 #include <cstdint>
@@ -64,9 +64,16 @@ struct RouterScratch {
   void (*select_many)(const int32_t* ordered, int64_t n, int64_t k, int32_t* best);
 };
 
-struct RouterKernels {
-  void (*forward)(const Router& p, const Range& tokens, const RouterScratch& scratch);
-  void (*backward)(const RouterGradient& p, const Range& tokens, float* scratch);  // row_capacity(k) numbers
+// Of one thread.
+struct RouterGradientScratch {
+  float* upstream;  // [row_capacity(k)]
+  // With block_rows > 0, this many rows are made in `block` and written past the caches; block and the gradient's rows
+  // then begin on cache lines.
+  char* block;
+  int64_t block_rows;
 };
+
+using RouterForward = void (*)(const Router& p, const Range& tokens, const RouterScratch& scratch);
+using RouterBackward = void (*)(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch);
 
 }  // namespace tk

@@ -1,6 +1,6 @@
 // The row kernels of router_topk. Every score goes through whole vectors, so that equal logits get equal scores
 // wherever they stand in a row.
-#include "common/isa/vec.h"
+#include "ops/router_topk/lanes.h"
 #include "ops/router_topk/router.h"
 
 namespace tk {
@@ -11,21 +11,15 @@ constexpr float kInfinity = __builtin_inff();
 constexpr int kRowsAhead = 8;
 constexpr int32_t kLowest = INT32_MIN;  // below every number's `ordered`
 
-TK_INLINE vi splat_int(int32_t x) { return vi{} + x; }
-TK_INLINE vi iota() {
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
-
-// The sum of all lanes, in registers where there is a shuffle.
-TK_INLINE float total_of(vf v) {
+TK_INLINE int32_t min_lanes(vi v) {
 #if defined(__AVX512F__)
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    v += _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(iota() ^ half), v);
-  return v[0];
+  return _mm512_reduce_min_epi32(reinterpret_cast<__m512i>(v));
 #else
-  return sum_lanes(v);
+  int32_t lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] < lanes[i] ? lanes[i + half] : lanes[i];
+  return lanes[0];
 #endif
 }
 
@@ -84,7 +78,7 @@ void softmax_stats(const float* z, int64_t n, float stats[2]) {
     sum += term;
   }
   stats[0] = maximum;
-  stats[1] = total_of(sum);
+  stats[1] = sum_lanes(sum);
 }
 
 TK_INLINE vf square_root(vf x) {
@@ -198,11 +192,8 @@ void select(const float* x, int64_t n, int64_t k, const RouterScratch& scratch, 
     vi above = {};
     for (int j = 0; j < kSlices; ++j) above -= splat_int(slices[j]) > maxima[v];
     const vi kept = above < static_cast<int32_t>(k) ? maxima[v] : splat_int(INT32_MAX);
-    int32_t lanes[kLanes];
-    store(lanes, kept);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] < lanes[i] ? lanes[i + half] : lanes[i];
-    bound = lanes[0] < bound ? lanes[0] : bound;
+    const int32_t least = min_lanes(kept);
+    bound = least < bound ? least : bound;
   }
   if (bound == kLowest) bound = kLowest + 1;  // keeps the padding out
 
@@ -261,17 +252,6 @@ void make_choice(const Router& p, const RouterScratch& scratch) {
 
 // ---- forward
 
-// Writes a vector at element `at`, of which `count` lanes count; memory up to element `limit` may be written: rows are
-// filled in order, so what lands in the next row is overwritten by it.
-template <Type T>
-TK_INLINE void store_part(void* p, int64_t at, vf v, int64_t count, int64_t limit) {
-  if (at + kLanes <= limit) return store_float<T>(p, at, v);
-  char raw[kLanes * 4];
-  store_float<T>(raw, 0, v);
-  if (count > kLanes) count = kLanes;
-  __builtin_memcpy(static_cast<char*>(p) + at * size_of(T), raw, static_cast<size_t>(count * size_of(T)));
-}
-
 template <Type In, Type Out>
 void forward(const Router& p, const Range& tokens, const RouterScratch& scratch) {
   const int64_t E = p.num_experts, k = p.top_k;
@@ -316,7 +296,7 @@ void forward(const Router& p, const Range& tokens, const RouterScratch& scratch)
         store(chosen + j, e);
         total += e;
       }
-      const vf inverse = splat(1.0f / total_of(total));
+      const vf inverse = splat(1.0f / sum_lanes(total));
       for (int64_t j = 0; j < k; j += kLanes) store(chosen + j, load<vf>(chosen + j) * inverse);
       sum = 1.0f;
     } else {
@@ -369,137 +349,10 @@ void forward_rows(const Router& p, const Range& tokens, const RouterScratch& scr
   }
 }
 
-// ---- backward
-
-template <Type T>
-TK_INLINE float load_one(const void* p, int64_t at) {
-  if constexpr (T == Type::f32) return static_cast<const float*>(p)[at];
-  const uint16_t raw = static_cast<const uint16_t*>(p)[at];
-  if constexpr (T == Type::f16) return half_to_float(raw);
-  const uint32_t bits = static_cast<uint32_t>(raw) << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-
-// kLanes numbers from element `at` of an array of `size`, zeros beyond its end.
-template <Type T>
-TK_INLINE vf load_part(const void* p, int64_t at, int64_t size) {
-  if (at + kLanes <= size) return load_as_float<T>(p, at);
-  char raw[kLanes * 4] = {};
-  const int64_t left = size - at;
-  __builtin_memcpy(raw, static_cast<const char*>(p) + at * size_of(T), static_cast<size_t>(left * size_of(T)));
-  return load_as_float<T>(raw, 0);
-}
-
-// d score / d logit from the score; for the softmaxes without the part that runs along all of them.
-TK_INLINE vf slope(Score function, vf s) {
-  if (function == Score::sigmoid) return s * (1.0f - s);
-  if (function != Score::sqrtsoftplus) return s;
-  // s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s); near 0 by its series.
-  const vf x = s * s;
-  vf series = splat(1.0f);
-  for (int n = 9; n >= 2; --n) series = 1.0f - series * x * (1.0f / static_cast<float>(n));
-  const vf small = 0.5f * s * series, large = (1.0f - exp_vec(-x)) / (2.0f * s);
-  return x < splat(0.35f) ? small : large;
-}
-
-// out[e] = -e^(z[e] - top) * factor
-template <Type T>
-void dense_row(const RouterGradient& p, int64_t t, float top, float factor, char* out) {
-  const int size = size_of(T);
-  const char* row = static_cast<const char*>(p.logits) + t * p.stride_t * size;
-  for (int64_t e = 0; e < p.num_experts; e += kLanes) {
-    const int64_t left = p.num_experts - e;
-    vf z = {};
-    if (p.stride_e == 1 && left >= kLanes) {
-      z = load_as_float<T>(row, e);
-    } else {
-      for (int i = 0; i < kLanes && i < left; ++i) z[i] = load_one<T>(row, (e + i) * p.stride_e);
-    }
-    store_part<T>(out, e, exp_vec(z - top) * -factor, left, p.num_experts);
-  }
-}
-
-// A call to memset for every row costs more than the stores.
-TK_INLINE void clear(char* out, size_t bytes) {
-  size_t i = 0;
-  for (; i + sizeof(vf) <= bytes; i += sizeof(vf)) store(out + i, vf{});
-  for (; i < bytes; ++i) out[i] = 0;
-}
-
-template <Type T, Type G>
-void backward(const RouterGradient& p, const Range& tokens, float* scratch) {
-  const int64_t E = p.num_experts, k = p.top_k, chosen_size = p.num_tokens * k;
-  const size_t row_bytes = static_cast<size_t>(E) * size_of(T);
-  const bool contiguous = p.grad_stride_k == 1 && p.grad_stride_t == k;
-  const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
-  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-    if (!contiguous) {
-      for (int64_t j = 0; j < k; ++j)
-        scratch[j] = load_one<G>(p.grad_weights, t * p.grad_stride_t + j * p.grad_stride_k);
-    }
-    const auto upstream = [&](int64_t j) {
-      return contiguous ? load_part<G>(p.grad_weights, t * k + j, chosen_size) : load<vf>(scratch + j);
-    };
-    vf sums = {}, products = {};
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size), product = upstream(j) * s;
-      const auto mine = iota() < static_cast<int32_t>(k - j);  // the rest belongs to the next row
-      sums += mine ? s : vf{};
-      products += mine ? product : vf{};
-    }
-    const float weighted = total_of(products);
-    const float denominator = p.renormalize ? total_of(sums) + p.eps : 1.0f;
-    const float factor = p.scale / denominator;
-    const float mean = p.renormalize ? weighted / denominator : 0.0f;
-    // sum_j s_j d s_j without the cancellation.
-    const float along = factor * weighted * (p.renormalize ? p.eps / denominator : 1.0f);
-    char* out = static_cast<char*>(p.gradient) + static_cast<size_t>(t) * row_bytes;
-    if (p.logits != nullptr) {
-      dense_row<T>(p, t, p.stats[t * 2], along / p.stats[t * 2 + 1], out);
-    } else {
-      clear(out, row_bytes);
-    }
-    const float back = softmax ? along : 0.0f;
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size);
-      char values[kLanes * 4];
-      store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - mean) * factor - back));
-      const int64_t count = k - j < kLanes ? k - j : kLanes;
-      for (int64_t i = 0; i < count; ++i)
-        __builtin_memcpy(out + p.indices[t * k + j + i] * size_of(T), values + i * size_of(T), size_of(T));
-    }
-  }
-}
-
-template <Type T>
-void backward_to(const RouterGradient& p, const Range& tokens, float* scratch) {
-  switch (p.grad_type) {
-    case Type::f32:
-      return backward<T, Type::f32>(p, tokens, scratch);
-    case Type::bf16:
-      return backward<T, Type::bf16>(p, tokens, scratch);
-    case Type::f16:
-      return backward<T, Type::f16>(p, tokens, scratch);
-  }
-}
-
-void backward_rows(const RouterGradient& p, const Range& tokens, float* scratch) {
-  switch (p.type) {
-    case Type::f32:
-      return backward_to<Type::f32>(p, tokens, scratch);
-    case Type::bf16:
-      return backward_to<Type::bf16>(p, tokens, scratch);
-    case Type::f16:
-      return backward_to<Type::f16>(p, tokens, scratch);
-  }
-}
-
 }  // namespace
 
-extern const RouterKernels kRouterKernels;
-const RouterKernels kRouterKernels = {&forward_rows, &backward_rows};
+extern const RouterForward kRouterForward;
+const RouterForward kRouterForward = &forward_rows;
 
 }  // namespace TK_ISA
 }  // namespace tk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels import cuda_backend, triton_backend, validate
+from trace_kernels import cuda_backend, light_op, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.record_routing import cuda, native, reference
 
@@ -94,16 +94,6 @@ def check_recording(
         validate.check_device("token_score", token_score, device, of)
 
 
-# Not torch.library.custom_op: its bookkeeping for mutated arguments costs more than the kernel (36 us against 6 on a
-# warm cache), and this op runs once a layer.
-_library = torch.library.Library("trace_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "record_routing_(Tensor indices, Tensor(a!) counts, Tensor? token_mask, Tensor? table, Tensor(b!)? token_score, "
-    "Tensor? gate, str backend) -> ()",
-    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
-)
-
-
 def _run(
     indices: torch.Tensor,
     counts: torch.Tensor,
@@ -135,6 +125,4 @@ def _fake(
     return None
 
 
-_library.impl("record_routing_", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("trace_kernels::record_routing_", _fake, lib=_library)
-_record_routing = torch.ops.trace_kernels.record_routing_.default
+_record_routing = light_op.define("record_routing_", _run, _fake, mutates_args=("counts", "token_score"))

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from trace_kernels import native as compiled
+from trace_kernels import validate
 from trace_kernels.native import address, native, num_threads
 from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
@@ -48,7 +49,8 @@ def forward_cpu(
     outputs, arguments, _alive = prepared(
         logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep
     )
-    native().router_topk_cpu(*arguments, num_threads())
+    if not_finite := native().router_topk_cpu(*arguments, num_threads()):
+        raise validate.not_finite("table", not_finite, logits.shape[1])
     return outputs
 
 

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from trace_kernels import cuda_backend, triton_backend, validate
+from trace_kernels import cuda_backend, light_op, triton_backend, validate
 from trace_kernels.backends import OpBackends
 from trace_kernels.ops.record_routing.op import check_recording
 from trace_kernels.ops.router_topk import cuda, native, reference
@@ -160,8 +161,7 @@ def _check_number(name: str, value: object, *, at_least_0: bool = False) -> None
         raise ValueError(f"{name}: got {value}, allowed is a finite number{', 0 or larger' if at_least_0 else ''}")
 
 
-@torch.library.custom_op("trace_kernels::router_topk", mutates_args=())
-def _router_topk(
+def _forward(
     logits: torch.Tensor,
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
@@ -180,16 +180,17 @@ def _router_topk(
     keep: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if table is not None and validate.check_values_on(table.device):
-        validate.check_finite("table", table)
     rule = Rule(k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value)
     args = (logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep)
-    outputs: reference.Outputs = backends.select(backend, logits.device, *args).forward(*args)
+    functions = backends.select(backend, logits.device, *args)
+    # The cpu backend looks at the table itself.
+    if table is not None and functions.forward is not native.forward_cpu and validate.check_values_on(table.device):
+        validate.check_finite("table", table)
+    outputs: reference.Outputs = functions.forward(*args)
     return outputs
 
 
-@_router_topk.register_fake
-def _(
+def _fake(
     logits: torch.Tensor,
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
@@ -221,8 +222,10 @@ def _(
     )
 
 
-@torch.library.custom_op("trace_kernels::router_topk_backward", mutates_args=())
-def _router_topk_backward(
+_router_topk = light_op.define("router_topk", _forward, _fake)
+
+
+def _gradient(
     grad_weights: torch.Tensor,
     logits: torch.Tensor | None,
     indices: torch.Tensor,
@@ -245,8 +248,7 @@ def _router_topk_backward(
     return gradient
 
 
-@_router_topk_backward.register_fake
-def _(
+def _fake_gradient(
     grad_weights: torch.Tensor,
     logits: torch.Tensor | None,
     indices: torch.Tensor,
@@ -263,6 +265,9 @@ def _(
     return indices.new_empty(indices.shape[0], num_experts, dtype=dtype)
 
 
+_router_topk_backward = light_op.define("router_topk_backward", _gradient, _fake_gradient)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, _, _, _, k, score_function, renormalize, scale, eps = inputs[:9]
     _, indices, chosen, stats, _, _ = output
@@ -272,6 +277,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad_weights is None:
         return (None,) * 17
@@ -284,4 +290,6 @@ def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | No
     return (gradient, *(None,) * 16)
 
 
-_router_topk.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "trace_kernels::router_topk", _backward, setup_context=_setup_context, lib=light_op.LIBRARY
+)

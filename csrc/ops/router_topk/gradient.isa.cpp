@@ -1,0 +1,150 @@
+// The row kernel of router_topk's gradient.
+#include "ops/router_topk/lanes.h"
+#include "ops/router_topk/router.h"
+
+namespace tk {
+namespace TK_ISA {
+namespace {
+
+constexpr int kRowsAhead = 8;
+
+template <Type T>
+TK_INLINE float load_one(const void* p, int64_t at) {
+  if constexpr (T == Type::f32) return static_cast<const float*>(p)[at];
+  const uint16_t raw = static_cast<const uint16_t*>(p)[at];
+  if constexpr (T == Type::f16) return half_to_float(raw);
+  const uint32_t bits = static_cast<uint32_t>(raw) << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+// d score / d logit from the score; for the softmaxes without the part that runs along all of them.
+TK_INLINE vf slope(Score function, vf s) {
+  if (function == Score::sigmoid) return s * (1.0f - s);
+  if (function != Score::sqrtsoftplus) return s;
+  // s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s); near 0 by its series.
+  const vf x = s * s;
+  vf series = splat(1.0f);
+  for (int n = 9; n >= 2; --n) series = 1.0f - series * x * (1.0f / static_cast<float>(n));
+  const vf small = 0.5f * s * series, large = (1.0f - exp_vec(-x)) / (2.0f * s);
+  return x < splat(0.35f) ? small : large;
+}
+
+// out[e] = -e^(z[e] - top) * factor
+template <Type T>
+void dense_row(const RouterGradient& p, int64_t t, float top, float factor, char* out) {
+  const int size = size_of(T);
+  const char* row = static_cast<const char*>(p.logits) + t * p.stride_t * size;
+  int64_t e = 0;
+  if (p.stride_e == 1) {
+    // The hardware's prefetch stops at every page.
+    const char* ahead = row + kRowsAhead * p.stride_t * size;
+    for (int64_t i = 0; i < p.num_experts * size; i += 64) __builtin_prefetch(ahead + i);
+    for (; e + kLanes <= p.num_experts; e += kLanes)
+      store_float<T>(out, e, exp_vec(load_as_float<T>(row, e) - top) * -factor);
+  }
+  for (; e < p.num_experts; e += kLanes) {
+    const int64_t left = p.num_experts - e;
+    vf z = {};
+    for (int i = 0; i < kLanes && i < left; ++i) z[i] = load_one<T>(row, (e + i) * p.stride_e);
+    store_part<T>(out, e, exp_vec(z - top) * -factor, left, p.num_experts);
+  }
+}
+
+// A call to memset for every row costs more than the stores.
+TK_INLINE void clear(char* out, size_t bytes) {
+  size_t i = 0;
+  for (; i + sizeof(vf) <= bytes; i += sizeof(vf)) store(out + i, vf{});
+  for (; i < bytes; ++i) out[i] = 0;
+}
+
+// The gradient of row t into out [E].
+template <Type T, Type G>
+void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char* out) {
+  const int64_t k = p.top_k, chosen_size = p.num_tokens * k;
+  const bool contiguous = p.grad_stride_k == 1 && p.grad_stride_t == k;
+  const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
+  if (!contiguous) {
+    for (int64_t j = 0; j < k; ++j)
+      upstream_row[j] = load_one<G>(p.grad_weights, t * p.grad_stride_t + j * p.grad_stride_k);
+  }
+  const auto upstream = [&](int64_t j) {
+    return contiguous ? load_part<G>(p.grad_weights, t * k + j, chosen_size) : load<vf>(upstream_row + j);
+  };
+  vf sums = {}, products = {};
+  for (int64_t j = 0; j < k; j += kLanes) {
+    const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size), product = upstream(j) * s;
+    const auto mine = iota() < static_cast<int32_t>(k - j);  // the rest belongs to the next row
+    sums += mine ? s : vf{};
+    products += mine ? product : vf{};
+  }
+  const float weighted = sum_lanes(products);
+  const float denominator = p.renormalize ? sum_lanes(sums) + p.eps : 1.0f;
+  const float factor = p.scale / denominator;
+  const float mean = p.renormalize ? weighted / denominator : 0.0f;
+  // sum_j s_j d s_j without the cancellation.
+  const float along = factor * weighted * (p.renormalize ? p.eps / denominator : 1.0f);
+  if (p.logits != nullptr) {
+    dense_row<T>(p, t, p.stats[t * 2], along / p.stats[t * 2 + 1], out);
+  } else {
+    clear(out, static_cast<size_t>(p.num_experts) * size_of(T));
+  }
+  const float back = softmax ? along : 0.0f;
+  for (int64_t j = 0; j < k; j += kLanes) {
+    const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size);
+    char values[kLanes * 4];
+    store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - mean) * factor - back));
+    const int64_t count = k - j < kLanes ? k - j : kLanes;
+    for (int64_t i = 0; i < count; ++i)
+      __builtin_memcpy(out + p.indices[t * k + j + i] * size_of(T), values + i * size_of(T), size_of(T));
+  }
+}
+
+template <Type T, Type G>
+void gradient_rows(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch) {
+  const int64_t row_bytes = p.num_experts * size_of(T);
+  char* gradient = static_cast<char*>(p.gradient);
+  if (scratch.block_rows == 0) {
+    for (int64_t t = tokens.begin; t < tokens.end; ++t)
+      gradient_row<T, G>(p, t, scratch.upstream, gradient + t * row_bytes);
+    return;
+  }
+  for (int64_t t = tokens.begin; t < tokens.end; t += scratch.block_rows) {
+    const int64_t left = tokens.end - t, rows = left < scratch.block_rows ? left : scratch.block_rows;
+    for (int64_t i = 0; i < rows; ++i) gradient_row<T, G>(p, t + i, scratch.upstream, scratch.block + i * row_bytes);
+    stream(gradient + t * row_bytes, scratch.block, rows * row_bytes);
+  }
+  stream_fence();
+}
+
+template <Type T>
+void gradient_to(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch) {
+  switch (p.grad_type) {
+    case Type::f32:
+      return gradient_rows<T, Type::f32>(p, tokens, scratch);
+    case Type::bf16:
+      return gradient_rows<T, Type::bf16>(p, tokens, scratch);
+    case Type::f16:
+      return gradient_rows<T, Type::f16>(p, tokens, scratch);
+  }
+}
+
+void backward_rows(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch) {
+  switch (p.type) {
+    case Type::f32:
+      return gradient_to<Type::f32>(p, tokens, scratch);
+    case Type::bf16:
+      return gradient_to<Type::bf16>(p, tokens, scratch);
+    case Type::f16:
+      return gradient_to<Type::f16>(p, tokens, scratch);
+  }
+}
+
+}  // namespace
+
+extern const RouterBackward kRouterBackward;
+const RouterBackward kRouterBackward = &backward_rows;
+
+}  // namespace TK_ISA
+}  // namespace tk
