@@ -21,6 +21,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from tqdm import tqdm
 import trace_kernels as tk
 from benchmarks.machine import describe
 from benchmarks.timing import interleave, median_ratio
+from trace_unlearn import patterns as patterns_module
 from trace_unlearn.balance import balance
 from trace_unlearn.calibrate import calibrate
 from trace_unlearn.patterns import Patterns
@@ -198,6 +200,33 @@ def whole(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: 
     ]
 
 
+def repeated(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: float) -> list[Row]:
+    """All of `calibrate` again: the same bits? With rows compared in other chunks, and on one thread?"""
+
+    def run() -> torch.Tensor:
+        counts, _ = tk.route_hits(stats.retain_routes, selected, E)
+        assert torch.equal(counts, stats.retain_counts)
+        return calibrate(stats, selected, rule=rule, min_ess=min_ess).token_weight
+
+    threads = torch.get_num_threads()
+    first, second = run(), run()
+    with mock.patch.object(patterns_module, "_CHUNK", 99_991):
+        chunks = run()
+    torch.set_num_threads(1)
+    alone = run()
+    torch.set_num_threads(threads)
+    difference = float(((alone - first).abs() / first).max())
+    return [
+        (
+            f"weights again, {threads} threads",
+            "equal bits" if torch.equal(first, second) else "other bits",
+            "equal bits",
+        ),
+        ("  in chunks of another size", "equal bits" if torch.equal(first, chunks) else "other bits", "equal bits"),
+        ("  on 1 thread, largest difference", f"{difference:.1e} of a weight", ""),
+    ]
+
+
 Solver = Callable[[np.ndarray, np.ndarray], np.ndarray]  # dense hits [N, M] and targets [M] to weights [N] of mean 1
 
 
@@ -286,7 +315,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts-per-layer", type=int, default=4)
     parser.add_argument("--rule", default="balance", choices=["balance", "additive"])
     parser.add_argument("--min-ess", type=float, default=0.5)
-    parser.add_argument("--only", default="pass,solve,whole,scipy,packages", help="of these parts, separated by commas")
+    parser.add_argument(
+        "--only", default="pass,solve,whole,scipy,packages", help="of these parts and repeat, separated by commas"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
@@ -306,6 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows += solve(stats, selected, options.rule, options.min_ess)
         if "whole" in parts:
             rows += whole(stats, selected, options.rule, options.min_ess)
+        if "repeat" in parts:
+            rows += repeated(stats, selected, options.rule, options.min_ess)
         if "scipy" in parts:
             rows += beside(stats, selected, "scipy (L-BFGS-B, dense)", by_scipy, ridge=RIDGE)
         if "packages" in parts:

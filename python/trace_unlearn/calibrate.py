@@ -18,7 +18,7 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.feasible import checked_pairs, dependencies, reachable
 from trace_unlearn.heaviest import heaviest_of_profile
 from trace_unlearn.patterns import Patterns
-from trace_unlearn.profile import RoutingStatistics
+from trace_unlearn.routing_statistics import RoutingStatistics
 from trace_unlearn.selection import Selection, effective_tokens, frequencies, select_experts, wilson_interval
 from trace_unlearn.weights import Calibration, lookup, matching
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from trace_unlearn.errors import UserError
-from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.routers import layers_of, router_of
+from trace_unlearn.routing_statistics import RoutingStatistics
 from trace_unlearn.weights import Calibration
 
 MASKED = "_trace_masked_rows"  # marks a parameter of which some rows are trained

@@ -6,7 +6,7 @@ import inspect
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,112 +25,9 @@ from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
 from trace_unlearn.model import check_inputs, check_placement, input_device, load_model, load_tokenizer
 from trace_unlearn.routing import RoutingRecorder, unwrap
+from trace_unlearn.routing_statistics import ROUTES, RoutingStatistics
 
-TENSORS, META, ROUTES = "routing.safetensors", "routing.json", "routes.npy"
-_FORMAT = 2
-_TENSOR_FIELDS = (
-    "forget_counts",
-    "retain_counts",
-    "retain_offsets",
-    "forget_design_effect",
-    "retain_design_effect",
-)
-
-
-@dataclass(frozen=True)
-class RoutingStatistics:
-    """What `profile_routing` saw. Tokens here are loss-bearing ones only.
-
-    L is the number of MoE layers, E of experts, k of experts a token activates in a layer, N of retain tokens, D of
-    retain documents.
-
-    Attributes:
-        forget_counts: [L, E] int64, how many forget tokens activated an expert.
-        retain_counts: [L, E] int64.
-        forget_tokens: how many forget tokens there are.
-        retain_tokens: N.
-        top_k: k.
-        retain_routes: [N, L, k] uint8 or uint16, the experts of each retain token in the order of the data set; an
-            entry of E or more is a slot without a routed expert. It may be a memory map of a file.
-        retain_offsets: [D + 1] int64; the tokens of document d are retain_offsets[d] to retain_offsets[d + 1].
-        meta: the model, its layers, the fingerprints of both data sets, and the versions of what computed this.
-        forget_design_effect: [L, E] float32, by how much the variance of f over documents exceeds that of independent
-            tokens; None when it was not measured.
-        retain_design_effect: [L, E] float32, likewise of r.
-
-    Example:
-        >>> stats = RoutingStatistics(torch.tensor([[3, 1, 0]]), torch.tensor([[2, 2, 4]]), 4, 8, 1,
-        ...                           torch.zeros(8, 1, 1, dtype=torch.uint8), torch.tensor([0, 8]))
-        >>> stats.forget_frequency.tolist()
-        [[0.75, 0.25, 0.0]]
-    """
-
-    forget_counts: torch.Tensor
-    retain_counts: torch.Tensor
-    forget_tokens: int
-    retain_tokens: int
-    top_k: int
-    retain_routes: torch.Tensor
-    retain_offsets: torch.Tensor
-    meta: dict[str, Any] = field(default_factory=dict)
-    forget_design_effect: torch.Tensor | None = None
-    retain_design_effect: torch.Tensor | None = None
-
-    @property
-    def forget_frequency(self) -> torch.Tensor:
-        """The f [L, E] float64: the share of forget tokens that activate an expert; a layer sums to k."""
-        return self.forget_counts.double() / self.forget_tokens
-
-    @property
-    def retain_frequency(self) -> torch.Tensor:
-        """The r [L, E] float64: likewise of retain tokens."""
-        return self.retain_counts.double() / self.retain_tokens
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the folder in one step: it is there and whole, or not there."""
-        with files.staged_folder(folder) as staged:
-            np.save(staged / ROUTES, self.retain_routes.numpy())
-            self._save_rest(staged)
-
-    def _save_rest(self, staged: Path) -> None:
-        """All but the routes."""
-        tensors = {name: value for name in _TENSOR_FIELDS if isinstance(value := getattr(self, name), torch.Tensor)}
-        files.save_tensors(staged / TENSORS, tensors)
-        numbers = {name: getattr(self, name) for name in ("forget_tokens", "retain_tokens", "top_k")}
-        files.write_json(staged / META, {"format": _FORMAT, **numbers, "meta": self.meta})
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> RoutingStatistics:
-        """Reads what `save` wrote, the routes as a memory map; UserError for anything else."""
-        meta = files.read_json(Path(folder) / META)
-        made_with = meta.pop("format", None) if isinstance(meta, dict) else None
-        if made_with is None:
-            raise UserError(f"{Path(folder) / META}: not routing statistics")
-        if made_with != _FORMAT:
-            raise UserError(
-                f"{folder}: made by another version of trace-unlearn (format {made_with}, this one reads {_FORMAT}); "
-                "run `trace-unlearn profile` again, with another output"
-            )
-        tensors: dict[str, Any] = files.load_tensors(Path(folder) / TENSORS)
-        try:
-            # Copy on write: torch wants memory that may be written to; nobody does.
-            routes = torch.from_numpy(np.load(Path(folder) / ROUTES, mmap_mode="c"))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{Path(folder) / ROUTES}: not readable routes: {error}") from error
-        try:
-            stats = cls(retain_routes=routes, **tensors, **meta)
-            L, E = stats.forget_counts.shape
-            N = stats.retain_tokens
-            whole = (
-                stats.retain_counts.shape == (L, E)
-                and stats.retain_routes.shape == (N, L, stats.top_k)
-                and int(stats.retain_offsets[-1]) == N
-            )
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{folder}: not routing statistics: {error}") from error
-        if not whole:
-            raise UserError(f"{folder}: {TENSORS}, {META} and {ROUTES} do not belong together; profile again")
-        return stats
+__all__ = ["ProfileOptions", "RoutingStatistics", "check", "main", "profile_routing"]
 
 
 def profile_routing(
@@ -174,7 +71,7 @@ def profile_routing(
         run = _Run(model, batch_size, pad_token_id, progress)
         stats = _profile(model, forget, retain, overlap, run, staged / ROUTES)
         stats.meta["source"] = source
-        stats._save_rest(staged)
+        stats.save_rest(staged)
         del stats  # with the map of the file in the hidden folder
     return RoutingStatistics.load(output)
 

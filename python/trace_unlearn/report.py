@@ -22,7 +22,7 @@ from trace_unlearn.robustness import describe_attacks, describe_suites
 
 if TYPE_CHECKING:
     from trace_unlearn.calibrate import Calibration
-    from trace_unlearn.profile import RoutingStatistics
+    from trace_unlearn.routing_statistics import RoutingStatistics
 
 MAIN_MEASURES = {
     "nll": "NLL (nats a token)",
@@ -73,7 +73,7 @@ def report_run(folder: Path, show_tokens: int = 10) -> Page:
         UserError: the folder holds nothing to report, or a file in it is broken.
     """
     from trace_unlearn.calibrate import Calibration
-    from trace_unlearn.profile import RoutingStatistics
+    from trace_unlearn.routing_statistics import RoutingStatistics
 
     stats = RoutingStatistics.load(folder / "profile") if (folder / "profile").is_dir() else None
     calibration = Calibration.load(folder / "calibration") if (folder / "calibration").is_dir() else None

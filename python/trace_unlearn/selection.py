@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trace_unlearn.errors import UserError
-from trace_unlearn.profile import RoutingStatistics
+from trace_unlearn.routing_statistics import RoutingStatistics
 
 RANKS = ("log_ratio", "difference", "ratio", "z_score")
 _Z = 1.959963984540054  # of a two-sided 95 % interval
