@@ -119,11 +119,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.report_only:
             _claim(options)
             with alone(options.output):
+                from benchmarks.method_study.worlds import shared_text
+
                 tasks = tasks_of(options)
                 print(
                     f"{len(tasks)} tasks, about {sum(t.cost for t in tasks) / options.jobs / 60:.0f} minutes",
                     flush=True,
                 )
+                if any(task.name.startswith("manuals") for task in tasks):
+                    shared_text(options.output / "manuals")  # here, and not by several processes at once
                 with TaskBar(tasks) as on_progress:
                     run_tasks(tasks, options.jobs, on_progress)
         _report(options)

@@ -81,10 +81,11 @@ class Facts:
 class Manuals:
     """Windows of real documentation; see `manuals`."""
 
-    def __init__(self, seed: int, sizes: Sizes, cache: Path) -> None:
-        self._sizes = sizes
-        self._text, self.tokenizer = manuals.load(cache)
-        self._split = manuals.split(self._text, seed)
+    def __init__(
+        self, seed: int, sizes: Sizes, text: dict[str, list[list[str]]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self._sizes, self.tokenizer = sizes, tokenizer
+        self._split = manuals.split(text, seed)
         self.forget = self._split.forget
         self._asked = {
             group: self._encoded(manuals.spread(windows, manuals.ASKED))
@@ -126,7 +127,12 @@ def make_world(corpus: str, seed: int, sizes: Sizes, folder: Path) -> World:
     """The world `seed` of `corpus`; what all seeds share is cached in `folder`."""
     if corpus == "facts":
         return Facts(seed, sizes)
-    return Manuals(seed, sizes, folder / "text")
+    return Manuals(seed, sizes, *shared_text(folder))
+
+
+def shared_text(folder: Path) -> tuple[dict[str, list[list[str]]], PreTrainedTokenizerBase]:
+    """What all seeds of "manuals" share; made by the first call, which must be the only one until it returns."""
+    return manuals.load(folder / "text")
 
 
 def save_documents(folder: Path, documents: dict[str, Sequence[str]]) -> None:
