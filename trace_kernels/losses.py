@@ -239,12 +239,13 @@ def scale_stash(stash: torch.Tensor, scale: torch.Tensor, loss: torch.Tensor) ->
     if scale.dim() == 0 and scale.device.type == "cpu":
         # One pass: a 0-d factor does not promote, and is multiplied in float32.
         return scaled.zero_() if scale == 0 else torch.mul(stash, scale, out=scaled)
-    # In blocks, because a bfloat16 dW passes through float32.
-    block = max(1, 2**18 // max(1, stash[0].numel()))
+    # In blocks, because bfloat16 rows pass through float32.
+    block = max(1, 2**17 // max(1, stash[0].numel()))
     for start in range(0, stash.shape[0], block):
-        rows = stash[start : start + block]
+        rows = scaled[start : start + block]
         factor = scale if scale.dim() == 0 else scale[start : start + block].view(-1, *[1] * (stash.dim() - 1))
-        scaled[start : start + block] = torch.where(factor == 0, 0, rows.to(scale.dtype) * factor)
+        torch.mul(stash[start : start + block], factor, out=rows)
+        rows.masked_fill_(factor == 0, 0)
     return scaled
 
 

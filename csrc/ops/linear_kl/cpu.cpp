@@ -37,9 +37,10 @@ class Forward {
     r2_ = k_dwords(ref_kernels_, p_.ref.width);
     ldd_ = c_stride(p_.policy.width);
     plan_ = make_plan(p_.num_rows, p_.V, gradient ? 2 * round_up(p_.policy.width, kColPad) * 4 : 0,
-                      (h2_ * (gradient ? 2 : 1) + r2_) * 6, threads);
-    plan_.tile_rows = 128;  // policy and reference rows together fill the tile
-    const int64_t rows = plan_.block_rows, cols = plan_.tile_cols, c2 = k_dwords(kernels_, cols);
+                      (h2_ * (gradient ? 2 : 1) + r2_) * 5, threads);
+    const int64_t rows = plan_.block_rows, tiles = (rows + plan_.tile_rows - 1) / plan_.tile_rows;
+    plan_.tile_rows = round_up((rows + tiles - 1) / tiles, kRowPad);  // d has room for whole tiles: equal ones
+    const int64_t cols = plan_.tile_cols, c2 = k_dwords(kernels_, cols);
     for (int g = 0; g < plan_.groups; ++g) {
       groups_.push_back(
           {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<uint32_t>(packed_a_dwords(r2_, rows))});
