@@ -10,6 +10,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from trace_unlearn.model import input_device
+
 
 def continuations(
     model: PreTrainedModel,
@@ -62,9 +64,8 @@ def _batch(
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     try:
-        out = model.generate(  # type: ignore[operator]  # its stubs take it for a tensor
-            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
-        )
+        device = input_device(model)
+        out = model.generate(input_ids=tokens.to(device), attention_mask=mask.to(device))  # type: ignore[operator]
     finally:
         model.generation_config = own
     decoded: Any = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

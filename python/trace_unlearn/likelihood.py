@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trace_unlearn.data import collate, loss_bearing
 from trace_unlearn.errors import UserError
 from trace_unlearn.metrics import exact_memorization, extraction_strength
+from trace_unlearn.model import input_device
 from trace_unlearn.predictions import Batch, predictions
 from trace_unlearn.routing import RoutingRecorder
 
@@ -88,7 +89,7 @@ def log_likelihood(
         predict = stack.enter_context(predictions(model))
         if recorder is not None:
             stack.enter_context(recorder)
-        for batch in batches(dataset, batch_size, model.device, f"{label}: likelihood", progress):
+        for batch in batches(dataset, batch_size, input_device(model), f"{label}: likelihood", progress):
             bearing = loss_bearing(batch["labels"], batch["attention_mask"])
             if recorder is not None:
                 recorder.mask_next(bearing)

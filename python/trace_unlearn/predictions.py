@@ -17,6 +17,7 @@ from trace_unlearn.data import collate, loss_bearing
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
 from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.model import input_device
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def row_scores(
     with predictions(model) as predict, tqdm(total=len(rows), desc=label, unit=" rows", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
-            batch = {name: value.to(model.device) for name, value in collate(some, pad_token_id=0).items()}
+            batch = {name: value.to(input_device(model)) for name, value in collate(some, pad_token_id=0).items()}
             log_probs, best = predict(batch, correct=correct)
             bearing = loss_bearing(batch["labels"], batch["attention_mask"]).cpu()
             log_probs, best = log_probs.float().cpu(), best.cpu()

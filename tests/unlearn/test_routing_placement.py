@@ -16,6 +16,7 @@ from test_routing import VOCAB, batch, count, counted, router_outputs
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorWithFlattening
 
 from trace_unlearn.errors import UserError
+from trace_unlearn.predictions import row_scores
 from trace_unlearn.routing import RoutingRecorder, moe_layers
 
 
@@ -71,6 +72,8 @@ def test_offloaded_layers(kind, tmp_path):
     forget, retain = documents(5, 1), documents(9, 2)
     stats, expected = (run(one, forget, retain).retain_routes for one in (model, plain))
     assert torch.equal(stats, expected)
+    scores, expected = (row_scores(one, list(retain), progress=False) for one in (model, plain))
+    assert [score.nll for score in scores] == pytest.approx([score.nll for score in expected])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
