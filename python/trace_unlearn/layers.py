@@ -53,7 +53,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     model = unwrap(model)
     layers: list[MoELayer] = []
     for path, module in model.named_modules():
-        adapter = adapter_of(module, model.get_submodule(path.rpartition(".")[0]))
+        adapter = adapter_of(module, model.get_submodule(plain_path(path).rpartition(".")[0]))
         if adapter is None:
             continue
         if isinstance(adapter, str):
