@@ -80,6 +80,16 @@ def _interrupts_kept() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
@@ -99,9 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{PROGRAM} {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 
@@ -154,8 +161,8 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     except UnicodeDecodeError as error:
         raise UserError(f"--config: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
     except (jsonargparse.ArgumentError, OSError) as error:
-        message = str(getattr(error, "message", None) or error)
-        raise UserError(f"{_plain(message)}\nSee {parser.prog} --help") from error
+        message = _plain(str(getattr(error, "message", None) or error))
+        raise UserError(f"{message}{_meant(message, parser)}\nSee {parser.prog} --help") from error
 
 
 def _with_switches(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
@@ -178,6 +185,7 @@ def _plain(message: str) -> str:
         message,
         flags=re.DOTALL,
     )
+    message = re.sub(r"Unexpected config: \s*$", "--config: the file is empty", message)
     message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
     message = re.sub(r"Expected an? (.+?)\. Got value: (.*)", r"expected \1, got '\2'", message)
     message = re.sub(r"<class '(?:builtins\.)?(\w+)'>", r"\1", message).replace("NoneType", "null")
@@ -186,6 +194,18 @@ def _plain(message: str) -> str:
         lambda found: "missing: " + ", ".join(f"--{key.strip()}" for key in found[1].split(",")),
         message,
     )
+
+
+def _meant(message: str, parser: ArgumentParser) -> str:
+    """The option that an unknown one was probably meant to be."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
+    if unknown is None:
+        return ""
+    group = re.search(r"Group '([\w.]+)'", message)
+    given = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
+    known = [*vars(parser.get_defaults().as_flat()), *(name.split(".")[0] for name in vars(parser.get_defaults()))]
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _overview() -> str:

@@ -236,7 +236,11 @@ def _own_arguments(options: TrainOptions, work: Path) -> dict[str, Any]:
 
 def training_arguments(options: TrainOptions, work: Path) -> TrainingArguments:
     """What `options` mean to transformers; UserError for what it refuses."""
-    defaults = {"report_to": "none", "logging_nan_inf_filter": False}
+    defaults = {
+        "report_to": "none",
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),  # without one it does nothing but warn
+    }
     try:
         return TrainingArguments(**{**defaults, **options.training, **_own_arguments(options, work)})
     except (ValueError, TypeError, ImportError) as error:

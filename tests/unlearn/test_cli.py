@@ -84,6 +84,7 @@ def test_switches_may_stand_alone(verb, words, loud):
         (["--model", "m", "--batch_size", "x"], "--batch_size: expected int or null, got 'x'"),
         (["--model", "m", "--inner.gamma", "x"], "--inner.gamma: expected float, got 'x'"),
         (["--model", "m", "--bogus", "1"], "--bogus"),
+        (["--model", "m", "--batchsize", "1"], "did you mean 'batch_size'?"),
         (["--model", "m", "stray"], "stray"),
         (["--model", "m", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model"], "--model"),
@@ -99,11 +100,23 @@ def test_a_wrong_flag_is_one_message_and_exit_code_2(verb, capsys, words, said):
     assert verb.seen == []
 
 
-@pytest.mark.parametrize("content", ["bogus: 1\n", "model: [\n", "- a\n"])
-def test_a_wrong_config_file(verb, capsys, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("bogus: 1\n", "'bogus' is not accepted\n"),
+        ("inner: {gama: 1}\n", "did you mean 'inner.gamma'?"),
+        ("iner: {gamma: 1}\n", "did you mean 'inner.gamma'?"),
+        ("model: [\n", "did not find expected"),
+        ("- a\n", ""),
+        ("", "--config: the file is empty"),
+    ],
+)
+def test_a_wrong_config_file(verb, capsys, tmp_path, content, said):
     (tmp_path / "c.yaml").write_text(content)
     assert cli.main(["fake", "--model", "m", "--config", str(tmp_path / "c.yaml")]) == 2
-    assert capsys.readouterr().err.startswith("trace-unlearn fake: ")
+    error = capsys.readouterr().err
+    assert error.startswith("trace-unlearn fake: ")
+    assert said in error
     assert verb.seen == []
 
 
@@ -164,6 +177,14 @@ def test_help_of_a_verb_shows_the_fields_docs(verb, capsys):
 def test_unknown_verb(capsys):
     assert cli.main(["trian"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command_and_a_reader_may_go_away():
+    command = [sys.executable, "-m", "trace_unlearn", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_overview_lists_every_verb(capsys):
