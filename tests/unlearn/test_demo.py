@@ -274,7 +274,7 @@ def test_demo_prints_and_writes_its_findings(demo):
     assert "cannot tell a gain from noise" in text
     html = (output / "report.html").read_text()
     assert "http" not in html.replace("https://", "http")
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 5
     assert read_json(output / "results-grad_diff.json")["models"][0]["ess"] == results.models[0].calibration.ess
 
 
