@@ -4,7 +4,7 @@
     python -m benchmarks.end_to_end --objective npo_kl --dtype bfloat16 --trainable all --hidden 1024
 
 A step is forward, backward, AdamW (fused) and zero_grad on 4 forget and 4 retain documents of 512 tokens, every token
-bearing loss, on a random Qwen3-MoE with a real vocabulary. Ours is `TraceTrainer.compute_loss` with uniform weights.
+bearing loss, on a random Qwen3-MoE with a real vocabulary. Ours is `TraceTrainer.training_step` with uniform weights.
 Plain is what unlearning codebases do: a forward for each of the two sets, logits, transformers' own loss; for "npo"
 the reference is a second model, called in each step; for "npo_kl" the retain loss is the KL from it.
 Both get the same batch of the same model, and are timed only when their losses and gradients agree.
@@ -43,6 +43,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from benchmarks.machine import ROOT, describe
 from benchmarks.run import RESULTS
 from benchmarks.timing import interleave, median_ratio, peak_memory
+from trace_kernels import native
 from trace_unlearn import TraceConfig, TraceTrainer
 from trace_unlearn.files import write_json
 
@@ -154,10 +155,7 @@ class Step:
         self.batch, self.totals = trainer._prepare_inputs(batch), totals
         return trainer
 
-    def loss(self, arm: str) -> torch.Tensor:
-        if arm == "ours":
-            found: torch.Tensor = self.trainer.compute_loss(self.model, self.batch, num_items_in_batch=self.totals)
-            return found
+    def plain_loss(self) -> torch.Tensor:
         config = self.config
         if self.objective == "grad_diff":
             forget = -language_model_loss(self.model, self.forget)
@@ -172,8 +170,13 @@ class Step:
             retain = language_model_loss(self.model, self.retain)
         return config.gamma * forget + config.alpha * retain
 
-    def backward(self, arm: str) -> None:
-        self.loss(arm).backward()
+    def backward(self, arm: str) -> float:
+        """The loss."""
+        if arm == "ours":
+            return self.trainer.training_step(self.model, dict(self.batch), self.totals).item()
+        loss = self.plain_loss()
+        loss.backward()
+        return loss.item()
 
     def run(self, arm: str) -> None:
         self.backward(arm)
@@ -191,9 +194,7 @@ class Step:
         """Both ways give the same loss and the same gradients, up to the rounding of the dtype."""
         losses, gradients = {}, {}
         for arm in ARMS:
-            loss = self.loss(arm)
-            loss.backward()
-            losses[arm] = loss.item()
+            losses[arm] = self.backward(arm)
             gradients[arm] = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             self.optimizer.zero_grad()
         exact = self.model.dtype == torch.float32
@@ -245,6 +246,8 @@ def peak_of(options: argparse.Namespace) -> dict[str, int]:
         for parameter in step.model.parameters():  # an earlier micro-batch's; zeros_like would not touch its pages
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter).zero_()
+        if native.cpu_unavailable() is None:
+            native.native().release_workspace()  # what the kernels keep from step to step counts
         found = peak_memory(lambda: step.backward(arm), torch.device(options.device))
         if found is None:
             raise SystemExit("this system does not tell a process's highest memory")

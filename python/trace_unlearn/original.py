@@ -77,6 +77,8 @@ class Original:
         if not self._needed:
             return None
         chosen = torch.stack([inputs[f"{name}_index"] >= 0 for name in self._needed]).any(0)
+        if not chosen.any():
+            return None
         mask = bearing & chosen[:, None]
         if self._adapted is not None:
             names = ("input_ids", "attention_mask", "labels")

@@ -8,8 +8,9 @@ split into micro-batches see the same documents in the same optimisation step.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -133,6 +134,22 @@ class PositionSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * len(self.dataset)
         return iter(range(start, start + len(self.dataset)))
+
+
+def split_batch(batch: Mapping[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
+    """A batch of `PairCollator` in parts: forget documents with their alternates, then `size` retain documents each.
+
+    No part is longer than its longest document.
+    """
+    is_retain = batch["retain_index"] >= 0
+    total, others = len(is_retain), int((~is_retain).sum())
+    bounds = [*([0] if others else []), *range(others, total, size), total]
+    parts = []
+    for first, last in itertools.pairwise(bounds):
+        part = {name: values[first:last] for name, values in batch.items()}
+        length = int(part["attention_mask"].sum(-1).max())
+        parts.append({name: values[:, :length] if values.dim() > 1 else values for name, values in part.items()})
+    return parts
 
 
 class PairCollator:

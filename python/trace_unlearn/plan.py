@@ -35,6 +35,7 @@ class PlanOptions:
         retain_per_forget: as in `train`.
         max_length: as in `train`.
         batch_size: as in `train`: of one process.
+        joint_forward: as in `train`.
         trainable: as in `train`.
         lora_rank: as in `train`.
         lora_modules: as in `train`.
@@ -54,6 +55,7 @@ class PlanOptions:
     retain_per_forget: int = 1
     max_length: int = 512
     batch_size: int = 4
+    joint_forward: bool = False
     trainable: list[str] = dataclasses.field(default_factory=list)
     lora_rank: int = 0
     lora_modules: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -173,7 +175,10 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
     )
     method = TraceConfig(options.objective, retain_loss=options.retain_loss).method
     documents = (method.forget_loss is not None) + options.retain_per_forget * method.uses_retain
-    tokens = options.batch_size * (documents + method.needs_alternate) * options.max_length
+    documents += method.needs_alternate
+    joint = options.joint_forward or options.sharding in ("fsdp2", "zero2", "zero3")
+    at_once = documents if joint else 1 + method.needs_alternate
+    plain_tokens, tokens = (options.batch_size * n * options.max_length for n in (documents, at_once))
     text = config.get_text_config()
     refers = method.needs_reference or method.needs_divergence or method.on_hidden_states
     needs_reference = refers or options.retain_loss == "kl"
@@ -183,7 +188,7 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
         optimizer,
         communication,
         _activations(text, tokens, dtype, options),
-        tokens * text.vocab_size * 8,
+        plain_tokens * text.vocab_size * 8,
         sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         if needs_reference
         else 0,
@@ -215,6 +220,8 @@ def _memory(options: PlanOptions) -> tuple[float, str]:
 def _changes(options: PlanOptions) -> dict[str, dict[str, Any]]:
     """Single changes that save memory, by what to call them."""
     ways: dict[str, dict[str, Any]] = {}
+    if options.joint_forward:
+        ways["joint_forward false"] = {"joint_forward": False}
     if not options.gradient_checkpointing:
         ways["gradient_checkpointing true"] = {"gradient_checkpointing": True}
     if options.batch_size > 1:

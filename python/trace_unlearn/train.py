@@ -211,6 +211,7 @@ def _trainer(
         arguments,
         config=inputs.config,
         **inputs.sets,
+        joint_forward=options.joint_forward,
         calibration=inputs.calibration if options.weighting == "live" else None,  # else attached already
         processing_class=inputs.tokenizer,
     )

@@ -68,8 +68,10 @@ class TrainOptions:
         warmup_steps: steps over which the learning rate rises.
         steps: optimisation steps; by default `epochs` decides.
         epochs: passes over the forget set.
-        batch_size: forget documents a process and forward.
-        accumulation: forwards an optimisation step.
+        batch_size: forget documents a process and batch; no forward takes more documents than that.
+        accumulation: such batches an optimisation step.
+        joint_forward: one forward for the forget and retain documents of a batch, where else each has its own: faster,
+            for the memory of more activations. Always so with FSDP and DeepSpeed.
         max_grad_norm: where gradients are clipped; 0 for never.
         weight_decay: of AdamW.
         experts: train only these experts and their routers: LAYER.EXPERT (decoder layer), "selected" (all that the
@@ -126,6 +128,7 @@ class TrainOptions:
     epochs: float = 5.0
     batch_size: int = 4
     accumulation: int = 1
+    joint_forward: bool = False
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     experts: list[str] = dataclasses.field(default_factory=list)

@@ -30,7 +30,7 @@ from trace_unlearn.log_window import LogWindow
 from trace_unlearn.model_card import model_card
 from trace_unlearn.objectives import distance, weighted_mean, weighted_nll
 from trace_unlearn.original import Original
-from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
+from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler, split_batch
 from trace_unlearn.weights import Calibration
 
 
@@ -57,8 +57,9 @@ class TraceTrainer(Trainer):
     A transformers Trainer: what is ordinary (optimiser, schedule, precision, clipping, logging, saving, distribution)
     is set in `args` as always. What differs:
 
-    - Batch sizes count forget documents; each brings `config.retain_per_forget` retain documents along. Both go through
-      the model in one forward, whose loss comes from hidden states without logits.
+    - Batch sizes count forget documents; each brings `config.retain_per_forget` retain documents along. These have
+      forwards and backwards of their own, a batch size each, so that no more activations are alive than those of a
+      batch. The loss comes from hidden states without logits.
     - The loss of a step is the same however the step is split into micro-batches and processes: what it divides by is
       summed over the whole step. An epoch is one pass over the forget set.
     - Which documents a step sees depends on `args.data_seed` (or `args.seed`) and its number only.
@@ -78,6 +79,8 @@ class TraceTrainer(Trainer):
         retain_eval: tokenised retain documents that are not in retain: what is kept is measured on them, where the
             configuration stops by it or chooses the best checkpoint. By default some of retain are held out.
         calibration: the Calibration of this retain set; needed for weighting="live".
+        joint_forward: forget and retain documents of a micro-batch in one forward: faster, with the activations of all
+            of them alive at once. Always so where the model is sharded (FSDP, DeepSpeed).
         processing_class: the tokenizer; saved with the checkpoints.
         callbacks, optimizers: as in Trainer.
 
@@ -113,6 +116,7 @@ class TraceTrainer(Trainer):
         alternate: datasets.Dataset | None = None,
         retain_eval: datasets.Dataset | None = None,
         calibration: Calibration | None = None,
+        joint_forward: bool = False,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **options: Any,
@@ -120,7 +124,7 @@ class TraceTrainer(Trainer):
         self.trace_config = config = config or TraceConfig()
         check_arguments(args, config)
         self._run_folder, self._checkpoint_limit = Path(str(args.output_dir)), args.save_total_limit
-        self.calibration = calibration
+        self.calibration, self._joint_forward = calibration, joint_forward
         forget, retain, alternate = used_sets(config, forget=forget, retain=retain, alternate=alternate)
         if retain is not None:
             retain = weighted(retain, config, calibration)
@@ -246,6 +250,20 @@ class TraceTrainer(Trainer):
         totals = self.accelerator.reduce(totals, "sum")
         return batches, StepTotals(*totals.float().unbind())
 
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """A forward and a backward for each part of a micro-batch: activations of one part are alive at a time."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # where each would gather all weights once more
+        joint = self._joint_forward or sharded
+        parts = [inputs] if joint else split_batch(inputs, self.args.train_batch_size)
+        losses = []
+        for number, part in enumerate(parts, 1):
+            waiting = self.accelerator.no_sync(model) if number < len(parts) else contextlib.nullcontext()
+            with waiting:
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -265,7 +283,7 @@ class TraceTrainer(Trainer):
         seen = self._forward.seen(model, inputs, is_retain & divergence_only, reference, coefficient)
         loss, share = torch.zeros((), device=bearing.device), totals.share(bearing, is_forget, is_retain)
         values: dict[str, torch.Tensor] = {}
-        if config.method.forget_loss is not None:
+        if config.method.forget_loss is not None and is_forget.any():
             forget = self._original.forget_batch(seen, inputs, bearing, totals.forget_tokens, totals.forget_documents)
             values["forget_loss"] = config.method.forget_loss(forget, config)
             loss = loss + config.gamma * values["forget_loss"]
@@ -275,7 +293,7 @@ class TraceTrainer(Trainer):
                 anchors = seen.anchor[is_forget]
                 values["anchor_loss"] = weighted_mean(anchors, forget.mask.float(), totals.forget_tokens)
                 loss = loss + config.anchor * values["anchor_loss"]
-        if config.method.uses_retain:
+        if config.method.uses_retain and is_retain.any():
             mask, weight = bearing[is_retain], self._retain_weight(inputs, bearing)[is_retain]
             # Live weights have mean 1 over the original model's retain tokens; their sum over the step is not known.
             normalizer = totals.retain_weight if self._live is None else totals.retain_tokens

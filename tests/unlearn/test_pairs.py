@@ -1,8 +1,9 @@
 import datasets
 import pytest
+import torch
 
 from trace_unlearn.errors import UserError
-from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler
+from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler, split_batch
 
 
 def documents(count, weights=False):
@@ -83,3 +84,24 @@ def test_one_set_alone():
 def test_empty_sets_are_refused():
     with pytest.raises(UserError, match="retain: got no document"):
         PairDataset(documents(2), documents(0))
+
+
+def test_parts_of_a_batch():
+    long = documents(7, weights=True).map(lambda row: {n: row[n] + row[n][-1:] * 2 for n in row})
+    dataset = PairDataset(documents(5), long, alternate=documents(5), retain_per_forget=2)
+    batch = PairCollator(pad_token_id=9)([dataset[0], dataset[1]])
+    parts = split_batch(batch, 3)
+    assert [len(part["labels"]) for part in parts] == [4, 3, 1]
+    assert [(part["retain_index"] >= 0).tolist() for part in parts] == [[False] * 4, [True] * 3, [True]]
+    for part in parts:
+        assert part["attention_mask"].sum(-1).max() == part["input_ids"].shape[1] == part["token_weight"].shape[1]
+    assert parts[0]["input_ids"].shape[1] < parts[1]["input_ids"].shape[1]
+    for name in ("forget_index", "retain_index"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
+    for name in ("input_ids", "labels", "token_weight"):
+        rows = [
+            row[row_mask.bool()].tolist()
+            for p in parts
+            for row, row_mask in zip(p[name], p["attention_mask"], strict=True)
+        ]
+        assert rows == [row[m.bool()].tolist() for row, m in zip(batch[name], batch["attention_mask"], strict=True)]

@@ -122,7 +122,7 @@ def test_npo_starts_at_its_value_for_the_original_model(tmp_path):
 def test_any_split_into_micro_batches_is_the_same_run(objective, size, accumulation, tmp_path):
     config = TraceConfig(objective=objective, retain_per_forget=2)
     options = {"config": config, "max_steps": 3}  # over the end of an epoch
-    whole = trainer(tmp_path / "whole", per_device_train_batch_size=8, **options)
+    whole = trainer(tmp_path / "whole", per_device_train_batch_size=8, joint_forward=True, **options)
     split = trainer(
         tmp_path / "split", per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **options
     )

@@ -79,7 +79,7 @@ def test_training_does_what_it_should(case, begin, tmp_path):
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_any_split_into_micro_batches_is_the_same_run(case, begin, tmp_path):
-    whole = begin(tmp_path / "whole", case, per_device_train_batch_size=6, max_steps=3)
+    whole = begin(tmp_path / "whole", case, per_device_train_batch_size=6, max_steps=3, joint_forward=True)
     split = begin(tmp_path / "split", case, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=3)
     whole.train()
     split.train()

@@ -30,6 +30,7 @@ def documents(count, seed, weighted=False):
 
 def trainer(folder, model=None, config=None, forget=None, retain=None, **arguments):
     given = {name: arguments.pop(name, None) for name in ("alternate", "retain_eval", "calibration")}
+    given["joint_forward"] = arguments.pop("joint_forward", False)
     options = {
         "use_cpu": True,
         "report_to": "none",
