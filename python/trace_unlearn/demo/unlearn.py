@@ -163,6 +163,7 @@ def make_trainer(
         retain=retain,
         calibration=calibration,
         processing_class=tokenizer,
+        joint_forward=True,  # these models are small: time, not memory, is what they take
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)  # prints the logs where there is no bar of the Trainer's own
