@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._C import _dispatch_keys as _keys
+from torch._C import _dispatch_tls_local_include_set as _mode
+from torch.autograd import profiler
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
 
-__all__ = ["LIBRARY", "RUNS", "define"]
+__all__ = ["LIBRARY", "RUNS", "bypasses", "define"]
 
 LIBRARY = torch.library.Library("trace_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 RUNS: dict[str, Callable[..., Any]] = {}  # what runs, by the qualified name
@@ -30,3 +35,22 @@ def define(
     RUNS[f"trace_kernels::{name}"] = run
     op: torch._ops.OpOverload = getattr(torch.ops.trace_kernels, name).default
     return op
+
+
+_PLAIN_MODE = _mode().raw_repr()
+_PLAIN_KEYS = _keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+def bypasses(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call may run as Python code, past the dispatcher, without anybody noticing.
+
+    Not where something looks at ops (a compiler, an export, a dispatch or function mode, functorch, the profiler), nor
+    with tensors that are more than memory of the CPU (subclasses, fakes, lazy negations). In eager training nothing
+    does, and the dispatcher's way to a Python op and back takes 0.1 ms where a model's layer has just emptied the
+    caches, as much as the kernels do.
+    """
+    if is_compiling() or profiler._is_profiler_enabled or has_torch_function(tensors):
+        return False
+    if _mode().raw_repr() != _PLAIN_MODE:
+        return False
+    return all(tensor is None or _keys(tensor).raw_repr() == _PLAIN_KEYS for tensor in tensors)

@@ -73,15 +73,17 @@ int64_t forward(const Router& p, int num_threads) {
   std::vector<std::vector<int64_t>> partial(threads);
   parallel(threads, [&](int thread, int of) {
     const int64_t row = row_capacity(p.num_experts);
-    std::vector<float> floats(3 * row);
-    std::vector<int32_t> integers(5 * row);
+    std::vector<float> floats(kRouterRows * 3 * row);
+    std::vector<int32_t> integers(kRouterRows * 5 * row);
     std::vector<int64_t>& counts = partial[thread];
     counts.assign(p.counts == nullptr ? 0 : p.num_experts, 0);
-    float* f = floats.data();
-    int32_t* i = integers.data();
-    kernels.forward(
-        p, split(p.num_tokens, thread, of),
-        {f, f + row, f + 2 * row, i, i + row, i + 2 * row, i + 3 * row, i + 4 * row, counts.data(), &select_many});
+    RouterScratch scratch{{}, counts.data(), &select_many};
+    for (int r = 0; r < kRouterRows; ++r) {
+      float* f = floats.data() + r * 3 * row;
+      int32_t* i = integers.data() + r * 5 * row;
+      scratch.rows[r] = {f, f + row, f + 2 * row, i, i + row, i + 2 * row, i + 3 * row, i + 4 * row};
+    }
+    kernels.forward(p, split(p.num_tokens, thread, of), scratch);
   });
   for (const std::vector<int64_t>& local : partial) {
     for (size_t e = 0; e < local.size(); ++e) p.counts[e] += local[e];

@@ -55,13 +55,24 @@ struct RouterGradient {
 // Numbers in a row's scratch arrays: whole vectors for every instruction set, one to spare.
 inline int64_t row_capacity(int64_t num_experts) { return round_up(num_experts, 16) + 16; }
 
-// Of one thread; arrays hold row_capacity(E) elements.
-struct RouterScratch {
+// Rows that a thread takes through the steps of the forward together: a row's steps wait for each other, and a
+// processor looks a few hundred instructions ahead, no more than one row is long.
+inline constexpr int kRouterRows = 4;
+
+// Of one row; arrays hold row_capacity(E) elements.
+struct RouterRow {
   float *logits, *scores, *choice;
   int32_t *ordered, *candidates, *candidate_index, *best, *groups;
+};
+
+// The k largest of ordered[n], best first, lowest index among equals: for k too large for the row kernels.
+using SelectMany = void (*)(const int32_t* ordered, int64_t n, int64_t k, int32_t* best);
+
+// Of one thread.
+struct RouterScratch {
+  RouterRow rows[kRouterRows];
   int64_t* counts;  // [E]
-  // The k largest of ordered[n], best first, lowest index among equals: for k too large for the row kernels.
-  void (*select_many)(const int32_t* ordered, int64_t n, int64_t k, int32_t* best);
+  SelectMany select_many;
 };
 
 // Of one thread.

@@ -2,6 +2,7 @@
 // wherever they stand in a row.
 #include "ops/router_topk/lanes.h"
 #include "ops/router_topk/router.h"
+#include "ops/router_topk/select.h"
 
 namespace tk {
 namespace TK_ISA {
@@ -9,41 +10,6 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int kRowsAhead = 8;
-constexpr int32_t kLowest = INT32_MIN;  // below every number's `ordered`
-
-TK_INLINE int32_t min_lanes(vi v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_min_epi32(reinterpret_cast<__m512i>(v));
-#else
-  int32_t lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] < lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
-#endif
-}
-
-// Bit i: lane i of x is at least `low`.
-TK_INLINE uint32_t at_least_mask(vi x, int32_t low) {
-#if defined(__AVX512F__)
-  return _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(x), _mm512_set1_epi32(low));
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(x >= splat_int(low))));
-#elif defined(__SSE2__)
-  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(x >= splat_int(low))));
-#else
-  uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(x[i] >= low) << i;
-  return mask;
-#endif
-}
-
-// Integers in torch.sort's order of the numbers: NaN above all, -0 equal to +0.
-TK_INLINE vi to_ordered(vf x) {
-  const vi bits = reinterpret_cast<vi>(x + 0.0f);  // -0 becomes +0
-  const vi ordered = bits ^ ((bits >> 31) & 0x7fffffff);
-  return x == x ? ordered : splat_int(INT32_MAX);
-}
 
 template <Type T>
 void load_row(const Router& p, int64_t t, float* z) {
@@ -128,100 +94,8 @@ void scores(Score function, const float* z, int64_t n, const float stats[2], flo
   }
 }
 
-// ---- selection
-
-// Ranks the candidates [n] (in the order of their indices) by counting what is before each, and puts the k first in
-// order. Arrays are padded to whole vectors.
-void rank(const int32_t* values, const int32_t* index, int64_t n, int64_t k, int32_t* best) {
-  int32_t ranks[64 + kLanes], ordered[64 + kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vi mine = load<vi>(values + i), lane = iota() + static_cast<int32_t>(i);
-    vi before = {};
-    for (int64_t j = 0; j < n; ++j) {
-      // An equal one is before when its index is lower; no real value is INT32_MIN, so that the -1 does not wrap.
-      before -= splat_int(values[j]) > mine + (lane > static_cast<int32_t>(j));
-    }
-    store(ranks + i, before);
-  }
-  for (int64_t i = 0; i < n; ++i) ordered[ranks[i]] = index[i];
-  for (int64_t j = 0; j < k; ++j) best[j] = ordered[j];
-}
-
-// Insertion behind a threshold. `keys` are value and index; the arrays in scratch are not used.
-void insert(const int32_t* values, const int32_t* index, int64_t n, int64_t k, int32_t* best) {
-  int32_t top[16];
-  int64_t have = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (have == k && values[i] <= top[k - 1]) continue;
-    int64_t j = have < k ? have++ : k - 1;
-    for (; j > 0 && top[j - 1] < values[i]; --j) {
-      top[j] = top[j - 1];
-      best[j] = best[j - 1];
-    }
-    top[j] = values[i];
-    best[j] = index[i];
-  }
-}
-
-// The indices of the k largest of x[n] into scratch.best, best first, the lowest index first among equals.
-//
-// The maxima of 16 interleaved slices of the row are 16 different elements, so their k-th largest bounds the k-th
-// largest of the row from below. About k + 3 elements pass this bound; only they are ranked. No branch depends on the
-// values but the number that passed.
-void select(const float* x, int64_t n, int64_t k, const RouterScratch& scratch, int32_t* best) {
-  constexpr int kSlices = 16, kVectors = kSlices / kLanes;
-  int32_t* ordered = scratch.ordered;
-  const int64_t padded = round_up(n, kSlices);
-  vi maxima[kVectors];
-  for (vi& maximum : maxima) maximum = splat_int(kLowest);
-  for (int64_t e = 0; e < padded; e += kSlices) {
-    for (int v = 0; v < kVectors; ++v) {
-      vi value = to_ordered(load<vf>(x + e + v * kLanes));
-      const int64_t left = n - e - v * kLanes;
-      if (left < kLanes) value = iota() < static_cast<int32_t>(left < 0 ? 0 : left) ? value : splat_int(kLowest);
-      store(ordered + e + v * kLanes, value);
-      maxima[v] = value > maxima[v] ? value : maxima[v];
-    }
-  }
-  if (k > kSlices) return scratch.select_many(ordered, n, k, best);
-
-  int32_t slices[kSlices];
-  for (int v = 0; v < kVectors; ++v) store(slices + v * kLanes, maxima[v]);
-  int32_t bound = INT32_MAX;
-  for (int v = 0; v < kVectors; ++v) {
-    vi above = {};
-    for (int j = 0; j < kSlices; ++j) above -= splat_int(slices[j]) > maxima[v];
-    const vi kept = above < static_cast<int32_t>(k) ? maxima[v] : splat_int(INT32_MAX);
-    const int32_t least = min_lanes(kept);
-    bound = least < bound ? least : bound;
-  }
-  if (bound == kLowest) bound = kLowest + 1;  // keeps the padding out
-
-  int64_t found = 0;
-  for (int64_t e = 0; e < padded; e += kLanes) {
-    const vi value = load<vi>(ordered + e);
-    uint32_t mask = at_least_mask(value, bound);
-#if defined(__AVX512F__)
-    const __m512i index = _mm512_add_epi32(reinterpret_cast<__m512i>(iota()), _mm512_set1_epi32(static_cast<int>(e)));
-    _mm512_storeu_si512(scratch.candidates + found,
-                        _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), reinterpret_cast<__m512i>(value)));
-    _mm512_storeu_si512(scratch.candidate_index + found,
-                        _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), index));
-    found += __builtin_popcount(mask);
-#else
-    for (; mask != 0; mask &= mask - 1) {
-      const int lane = __builtin_ctz(mask);
-      scratch.candidates[found] = ordered[e + lane];
-      scratch.candidate_index[found++] = static_cast<int32_t>(e) + lane;
-    }
-#endif
-  }
-  const auto order = found <= 64 ? &rank : &insert;
-  order(scratch.candidates, scratch.candidate_index, found, k, best);
-}
-
 // What the experts are ranked by when there is a bias or groups, into scratch.choice, from scratch.scores.
-void make_choice(const Router& p, const RouterScratch& scratch) {
+void make_choice(const Router& p, const RouterRow& scratch, SelectMany many) {
   const int64_t E = p.num_experts;
   float* choice = scratch.choice;
   for (int64_t e = 0; e < E; ++e) choice[e] = scratch.scores[e] + (p.bias == nullptr ? 0.0f : p.bias[e]);
@@ -240,7 +114,8 @@ void make_choice(const Router& p, const RouterScratch& scratch) {
     group_scores[g] = nan ? __builtin_nanf("") : p.sum_top2 ? first + second : first;
   }
   if (p.topk_groups == p.num_groups) return;
-  select(group_scores, p.num_groups, p.topk_groups, scratch, scratch.groups);
+  Selection groups{group_scores, scratch.ordered, scratch.candidates, scratch.candidate_index, scratch.groups, 0};
+  select(&groups, 1, p.num_groups, p.topk_groups, many);
   int32_t* kept = scratch.ordered;
   for (int64_t g = 0; g < p.num_groups; ++g) kept[g] = 0;
   for (int64_t j = 0; j < p.topk_groups; ++j) kept[scratch.groups[j]] = 1;
@@ -252,77 +127,126 @@ void make_choice(const Router& p, const RouterScratch& scratch) {
 
 // ---- forward
 
+// What is the same for every row of a call.
+struct Way {
+  bool by_logits;    // the choice is by the logits themselves
+  bool over_chosen;  // the softmax over the chosen only: with eps, or chosen by more than the logits, its full sum
+                     // matters
+  bool in_place;     // rows of logits are read where they are
+};
+
+// The weights of row t, from its choice. `usual`: by_logits and over_chosen, k fits into a vector, all in registers.
+template <Type Out, bool usual>
+TK_INLINE void weigh(const Router& p, const Way& way, const RouterRow& row, const float* z, const float stats[2],
+                     int64_t t, int64_t limit) {
+  const int64_t k = p.top_k;
+  const auto mine = [k](int64_t j) { return iota() < static_cast<int32_t>(k - j); };
+  const auto write = [&](int64_t j, vf value, vf factor) {
+    store_part<Out>(p.weights, t * k + j, value * factor, k - j, limit);
+    if (p.chosen != nullptr) store_part<Type::f32>(p.chosen, t * k + j, value, k - j, limit);
+  };
+  if constexpr (usual) {
+    const vf picked = from_ordered(load<vi>(row.candidates));
+    const vf e = exp_vec(picked - picked[0]);
+    const vf value = e * (1.0f / sum_lanes(mine(0) ? e : vf{}));
+    return write(0, value, splat(p.renormalize ? p.scale / (1.0f + p.eps) : p.scale));
+  }
+  float *picked = row.choice, *chosen = row.scores;  // [k]: those of all experts are not needed any more
+  float top = -kInfinity;
+  for (int64_t j = 0; j < k; ++j) {
+    picked[j] = z[row.best[j]];
+    top = picked[j] > top ? picked[j] : top;
+  }
+  if (way.over_chosen) {
+    for (int64_t j = 0; j < k; j += kLanes) store(chosen + j, exp_vec(load<vf>(picked + j) - top));
+  } else {
+    scores(p.score_function, picked, k, stats, chosen);
+  }
+  vf sums = {};
+  for (int64_t j = 0; j < k; j += kLanes) sums += mine(j) ? load<vf>(chosen + j) : vf{};
+  const float sum = way.over_chosen ? 1.0f : sum_lanes(sums);
+  const vf inverse = splat(way.over_chosen ? 1.0f / sum_lanes(sums) : 1.0f);
+  const vf factor = splat(p.renormalize ? p.scale / (sum + p.eps) : p.scale);
+  for (int64_t j = 0; j < k; j += kLanes) write(j, load<vf>(chosen + j) * inverse, factor);
+  if (p.stats != nullptr) {
+    p.stats[t * 2] = stats[0];
+    p.stats[t * 2 + 1] = stats[1];
+  }
+}
+
+// The indices of row t, and what is counted and summed of them.
+TK_INLINE void record(const Router& p, const int32_t* best, int64_t* counts, int64_t t, int64_t limit) {
+  typedef int64_t Wide __attribute__((vector_size(kLanes * 8)));
+  const int64_t k = p.top_k;
+  const auto each = [k](auto&& f) {
+    if (k != 8) {
+      for (int64_t j = 0; j < k; ++j) f(j);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < 8; ++j) f(j);
+  };
+  int64_t* indices = p.indices + t * k;
+  if (k <= kLanes && t * k + kLanes <= limit) {  // what lands in the next row is overwritten by it
+    store(indices, __builtin_convertvector(load<vi>(best), Wide));
+  } else {
+    for (int64_t j = 0; j < k; ++j) indices[j] = best[j];
+  }
+  if (p.counts != nullptr) {
+    const int64_t counted = p.mask == nullptr || p.mask[t * p.mask_stride] ? 1 : 0;
+    each([=](int64_t j) { counts[best[j]] += counted; });
+  }
+  if (p.score != nullptr) {
+    float token_score = 0.0f;
+    const float* table = p.table;
+    each([=, &token_score](int64_t j) { token_score += table[best[j]]; });
+    p.score[t] = token_score;
+  }
+}
+
 template <Type In, Type Out>
 void forward(const Router& p, const Range& tokens, const RouterScratch& scratch) {
   const int64_t E = p.num_experts, k = p.top_k;
   const bool by_logits = p.bias == nullptr && p.num_groups == 1;
-  // A renormalised softmax is the softmax over the chosen; with eps its full sum matters.
-  const bool over_chosen = p.score_function == Score::softmax_topk ||
-                           (p.score_function == Score::softmax && by_logits && p.renormalize && p.eps == 0.0f);
-  const bool in_place = In == Type::f32 && p.stride_e == 1 && E % 16 == 0;
-  int32_t* best = scratch.best;
-  float* chosen = scratch.scores;  // [k]: the scores of all experts are not needed once the choice is made
-  float stats[2] = {0.0f, 1.0f};
+  const Way way = {by_logits,
+                   p.score_function == Score::softmax_topk ||
+                       (p.score_function == Score::softmax && by_logits && p.renormalize && p.eps == 0.0f),
+                   In == Type::f32 && p.stride_e == 1 && E % 16 == 0};
   const int64_t row_bytes = p.stride_t * size_of(In), used_bytes = p.stride_e == 1 ? E * size_of(In) : 0;
-  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-    // The hardware's prefetch stops at every page, and a row may be as long as one.
-    const char* ahead = static_cast<const char*>(p.logits) + (t + kRowsAhead) * row_bytes;
-    for (int64_t i = 0; i < used_bytes; i += 64) __builtin_prefetch(ahead + i);
-    const float* z = scratch.logits;
-    if (in_place) {
-      z = static_cast<const float*>(p.logits) + t * p.stride_t;
-    } else {
-      load_row<In>(p, t, scratch.logits);
-    }
-    if (p.score_function == Score::softmax && !over_chosen) softmax_stats(z, E, stats);
-    if (!by_logits) {
-      scores(p.score_function, z, E, stats, scratch.scores);
-      make_choice(p, scratch);
-    }
-    select(by_logits ? z : scratch.choice, E, k, scratch, best);
-
-    float sum = 0.0f;
-    float* picked = scratch.choice;  // [k] logits
-    float top = -kInfinity;
-    for (int64_t j = 0; j < k; ++j) {
-      picked[j] = z[best[j]];
-      top = picked[j] > top ? picked[j] : top;
-    }
-    if (over_chosen) {
-      vf total = {};
-      for (int64_t j = 0; j < k; j += kLanes) {
-        vf e = exp_vec(load<vf>(picked + j) - top);
-        if (j + kLanes > k) e = iota() < static_cast<int32_t>(k - j) ? e : vf{};
-        store(chosen + j, e);
-        total += e;
+  const bool usual = way.by_logits && way.over_chosen && k <= kLanes;
+  const int64_t limit = tokens.end * k;
+  const float* z[kRouterRows];
+  float stats[kRouterRows][2];
+  Selection selections[kRouterRows];
+  for (int64_t t0 = tokens.begin; t0 < tokens.end; t0 += kRouterRows) {
+    const int rows = tokens.end - t0 < kRouterRows ? static_cast<int>(tokens.end - t0) : kRouterRows;
+    for (int r = 0; r < rows; ++r) {
+      const RouterRow& row = scratch.rows[r];
+      const int64_t t = t0 + r;
+      // The hardware's prefetch stops at every page, and a row may be as long as one.
+      const char* ahead = static_cast<const char*>(p.logits) + (t + kRowsAhead) * row_bytes;
+      for (int64_t i = 0; i < used_bytes; i += 64) __builtin_prefetch(ahead + i);
+      z[r] = row.logits;
+      if (way.in_place) {
+        z[r] = static_cast<const float*>(p.logits) + t * p.stride_t;
+      } else {
+        load_row<In>(p, t, row.logits);
       }
-      const vf inverse = splat(1.0f / sum_lanes(total));
-      for (int64_t j = 0; j < k; j += kLanes) store(chosen + j, load<vf>(chosen + j) * inverse);
-      sum = 1.0f;
+      stats[r][0] = 0.0f, stats[r][1] = 1.0f;
+      if (p.score_function == Score::softmax && !way.over_chosen) softmax_stats(z[r], E, stats[r]);
+      if (!by_logits) {
+        scores(p.score_function, z[r], E, stats[r], row.scores);
+        make_choice(p, row, scratch.select_many);
+      }
+      selections[r] = {by_logits ? z[r] : row.choice, row.ordered, row.candidates, row.candidate_index, row.best, 0};
+    }
+    select(selections, rows, E, k, scratch.select_many);
+    if (usual) {
+      for (int r = 0; r < rows; ++r) weigh<Out, true>(p, way, scratch.rows[r], z[r], stats[r], t0 + r, limit);
     } else {
-      scores(p.score_function, picked, k, stats, chosen);
-      for (int64_t j = 0; j < k; ++j) sum += chosen[j];
+      for (int r = 0; r < rows; ++r) weigh<Out, false>(p, way, scratch.rows[r], z[r], stats[r], t0 + r, limit);
     }
-    const vf factor = splat(p.renormalize ? p.scale / (sum + p.eps) : p.scale);
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const vf value = load<vf>(chosen + j);
-      store_part<Out>(p.weights, t * k + j, value * factor, k - j, tokens.end * k);
-      if (p.chosen != nullptr) store_part<Type::f32>(p.chosen, t * k + j, value, k - j, tokens.end * k);
-    }
-    if (p.stats != nullptr) {
-      p.stats[t * 2] = stats[0];
-      p.stats[t * 2 + 1] = stats[1];
-    }
-    int64_t* indices = p.indices + t * k;
-    for (int64_t j = 0; j < k; ++j) indices[j] = best[j];
-    if (p.counts != nullptr && (p.mask == nullptr || p.mask[t * p.mask_stride])) {
-      for (int64_t j = 0; j < k; ++j) ++scratch.counts[best[j]];
-    }
-    if (p.score != nullptr) {
-      float token_score = 0.0f;
-      for (int64_t j = 0; j < k; ++j) token_score += p.table[best[j]];
-      p.score[t] = token_score;
-    }
+    for (int r = 0; r < rows; ++r) record(p, scratch.rows[r].best, scratch.counts, t0 + r, limit);
   }
 }
 

@@ -65,7 +65,12 @@ def record_routing_(
         validate.check_dtype("gate", gate, (torch.int32,))
         validate.check_ndim("gate", gate, 0, "a 0-d tensor")
         validate.check_device("gate", gate, indices.device, "indices")
-    _record_routing(indices, counts, token_mask, table, token_score, gate, backend)
+    # Without autograd: the dispatcher says what happens to arguments that require a gradient.
+    needs_gradient = (
+        table is not None and token_score is not None and (table.requires_grad or token_score.requires_grad)
+    )
+    past = not needs_gradient and light_op.bypasses(indices, counts, token_mask, table, token_score, gate)
+    (_run if past else _record_routing)(indices, counts, token_mask, table, token_score, gate, backend)
 
 
 def check_recording(

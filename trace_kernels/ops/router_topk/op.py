@@ -134,11 +134,17 @@ def router_topk(
     validate.check_choice("weights_dtype", weights_dtype, validate.FLOAT_DTYPES)
 
     keep = logits.requires_grad and torch.is_grad_enabled()
-    weights, indices, _, _, counted, score = _router_topk(
-        logits, selection_bias, token_mask, None if table is None else table.detach(), k, score_function,
-        bool(renormalize), float(scale), float(eps), num_groups, topk_groups, group_score, float(masked_group_value),
-        counts is not None, weights_dtype, keep, backend,
+    arguments = (
+        selection_bias, token_mask, None if table is None else table.detach(), k, score_function, bool(renormalize),
+        float(scale), float(eps), num_groups, topk_groups, group_score, float(masked_group_value), counts is not None,
+        weights_dtype, keep, backend,
     )  # fmt: skip
+    if not light_op.bypasses(logits, selection_bias, token_mask, table):
+        weights, indices, _, _, counted, score = _router_topk(logits, *arguments)
+    elif keep:
+        weights, indices, _, _, counted, score = _RouterTopk.apply(logits, arguments)  # type: ignore[no-untyped-call]
+    else:
+        weights, indices, _, _, counted, score = _forward(logits, *arguments)
     # Here and not in the op: an op that writes to its arguments has no autograd.
     if counts is not None:
         counts += counted
@@ -268,28 +274,54 @@ def _fake_gradient(
 _router_topk_backward = light_op.define("router_topk_backward", _gradient, _fake_gradient)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, _, _, _, k, score_function, renormalize, scale, eps = inputs[:9]
-    _, indices, chosen, stats, _, _ = output
+def _save(ctx: Any, logits: torch.Tensor, arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+    """Keeps for the backward what it needs; `arguments` are the forward's after the logits."""
+    k, score_function, renormalize, scale, eps = arguments[3:8]
+    _, indices, chosen, stats, _, _ = outputs
     ctx.rule = Rule(k, score_function, renormalize, scale, eps, 1, 1, "max", 0.0)
-    ctx.num_experts, ctx.dtype, ctx.backend = logits.shape[1], logits.dtype, inputs[-1]
+    ctx.num_experts, ctx.dtype, ctx.backend = logits.shape[1], logits.dtype, arguments[-1]
     ctx.save_for_backward(*((logits,) if ctx.rule.dense_gradient else ()), indices, chosen, stats)
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
-def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if grad_weights is None:
-        return (None,) * 17
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save(ctx, inputs[0], inputs[1:], output)
+
+
+def _logits_gradient(ctx: Any, grad_weights: torch.Tensor) -> torch.Tensor:
     *logits, indices, chosen, stats = ctx.saved_tensors
     rule = ctx.rule
-    gradient = _router_topk_backward(
+    run = _gradient if light_op.bypasses(grad_weights, *logits, indices, chosen, stats) else _router_topk_backward
+    gradient: torch.Tensor = run(
         grad_weights, logits[0] if logits else None, indices, chosen, stats, rule.score_function, rule.renormalize,
         rule.scale, rule.eps, ctx.num_experts, ctx.dtype, ctx.backend,
     )  # fmt: skip
-    return (gradient, *(None,) * 16)
+    return gradient
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return (None if grad_weights is None else _logits_gradient(ctx, grad_weights), *(None,) * 16)
 
 
 torch.library.register_autograd(
     "trace_kernels::router_topk", _backward, setup_context=_setup_context, lib=light_op.LIBRARY
 )
+
+
+class _RouterTopk(torch.autograd.Function):
+    """The same gradient for calls past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        outputs = _forward(logits, *arguments)
+        _save(ctx, logits, arguments, outputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None]:
+        return None if grad_weights is None else _logits_gradient(ctx, grad_weights), None
