@@ -10,6 +10,7 @@ from hypothesis import given, settings
 import trace_kernels as tk
 from trace_kernels import light_op
 from trace_kernels.backends import BackendError, all_ops
+from trace_kernels.native import native
 from trace_kernels.ops.router_topk.cases import FAMILIES, OP
 
 BACKENDS = [backend.name for backend in all_ops()["router_topk"] if backend.unavailable() is None]
@@ -195,6 +196,23 @@ def test_gradient_keeps_no_logits_where_they_are_not_needed():
             tk.router_topk(logits, 2, **options)[0].sum().backward()
     assert (7, 16) not in kept
     assert (7, 2) in kept
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+def test_every_instruction_set_chooses_the_same(isa, monkeypatch):
+    if isa not in native().available_isas():
+        pytest.skip(f"no {isa} here")
+    monkeypatch.setenv("TRACE_KERNELS_ISA", isa)
+    generator = torch.Generator().manual_seed(0)
+    for E, k in ((3, 2), (16, 8), (60, 8), (64, 16), (65, 17), (130, 1), (256, 8)):
+        for levels in (3, 40, 10**6):  # few: the bound lets more pass than a vector or the array of a rank holds
+            for dtype in (torch.float32, torch.bfloat16):
+                logits = torch.randint(-levels, levels, (11, E), generator=generator).to(dtype) / levels
+                logits[4, E // 2] = math.nan
+                got, expected = (tk.router_topk(logits, k, backend=name) for name in ("cpu", "reference"))
+                assert torch.equal(got[1], expected[1])
+                torch.testing.assert_close(got[0], expected[0], equal_nan=True)
 
 
 def test_only_the_weights_are_differentiable():
