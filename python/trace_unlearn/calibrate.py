@@ -329,9 +329,9 @@ def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
     stats = RoutingStatistics.load(settings.pop("profile"))
     found = calibrate(stats, **{k: v for k, v in settings.items() if k not in ("output", "show_tokens")})
     say(found.summary())
-    if options.show_tokens:
+    found.save(options.output)
+    say(f"written to {options.output}")
+    if options.show_tokens:  # last: the retain data may be gone by now, and the weights are not to go with it
         heaviest = heaviest_of_profile(found, stats.meta, options.show_tokens)
         head = f"the {len(heaviest)} retain tokens with the largest weights, in brackets:"
         say("\n".join([head, *map(str, heaviest)]))
-    found.save(options.output)
-    say(f"written to {options.output}")

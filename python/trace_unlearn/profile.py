@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import trace_kernels
 from trace_unlearn import files
-from trace_unlearn.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing
+from trace_unlearn.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing, shared_rows
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
 from trace_unlearn.model import check_inputs, check_placement, input_device, load_model, load_tokenizer
@@ -313,6 +313,7 @@ def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
     tokenizer = load_tokenizer(options.model, check_inputs(options.model))
     forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
     retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
+    shared_rows(forget, retain)  # an error comes before the model is loaded; profile_routing warns
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     stats = profile_routing(
         model,

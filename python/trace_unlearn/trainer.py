@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from trace_unlearn import checkpoints
+from trace_unlearn.checkpoints import is_complete
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import loss_bearing
 from trace_unlearn.early_stop import EarlyStop
@@ -31,6 +29,7 @@ from trace_unlearn.model_card import model_card
 from trace_unlearn.objectives import distance, weighted_mean, weighted_nll
 from trace_unlearn.original import Original
 from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler, split_batch
+from trace_unlearn.saving import WholeCheckpoints
 from trace_unlearn.weights import Calibration
 
 
@@ -49,7 +48,7 @@ class StepTotals:
         return tokens / (self.forget_tokens + self.retain_tokens).clamp(min=1)
 
 
-class TraceTrainer(Trainer):
+class TraceTrainer(WholeCheckpoints):
     r"""Makes a model forget one set of documents and keep another.
 
     .. math:: L = \gamma\, L_\text{forget} + \alpha\, \frac{\sum_t w_t\,\text{nll}_t}{\sum_t w_t}
@@ -123,7 +122,6 @@ class TraceTrainer(Trainer):
     ) -> None:
         self.trace_config = config = config or TraceConfig()
         check_arguments(args, config)
-        self._run_folder, self._checkpoint_limit = Path(str(args.output_dir)), args.save_total_limit
         self.calibration, self._joint_forward = calibration, joint_forward
         forget, retain, alternate = used_sets(config, forget=forget, retain=retain, alternate=alternate)
         if retain is not None:
@@ -133,7 +131,6 @@ class TraceTrainer(Trainer):
         self._forward.freeze_unused()
         weighed_live = config.routes_weigh and config.weighting == "live"
         self._live = LiveWeights(model, calibration) if weighed_live and calibration else None
-        self._use_cache = getattr(model.config, "use_cache", True)  # which Trainer turns off
         args.remove_unused_columns = False  # a row is a forget document with its retain documents
         args.logging_nan_inf_filter = False  # a diverged run must not look like a flat one
         if args.n_gpu > 1:
@@ -175,18 +172,9 @@ class TraceTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            with self.args.main_process_first(desc="looking for checkpoints"):
-                found = checkpoints.last_complete(self._run_folder, remove_partial=self.args.should_save)
-            resume_from_checkpoint = None if found is None else str(found)
         nothing = contextlib.nullcontext()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer's own removal leaves halves
-        self._checkpoint_limit = limit
-        try:
-            with self._live or nothing, self._forward.routers or nothing:
-                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        finally:
-            self.args.save_total_limit = limit
+        with self._live or nothing, self._forward.routers or nothing:
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.trace_config.best_forget_nll is not None:
             self._take_best()
         return output
@@ -221,10 +209,10 @@ class TraceTrainer(Trainer):
     def _take_best(self) -> None:
         """Loads the model of the best checkpoint, unless it is that of the last step."""
         step = self.state.best_global_step
-        folder = self._run_folder / f"checkpoint-{step}"
+        folder = self.checkpoint_folder(step)
         if step == self.state.global_step:
             return
-        if step is None or not checkpoints.is_complete(folder):
+        if step is None or not is_complete(folder):
             raise UserError(f"{folder}: the best checkpoint is missing, it was removed; start again in an empty folder")
         self.state.best_model_checkpoint = str(folder)  # the run folder may have been moved
         self._load_best_model()
@@ -362,20 +350,11 @@ class TraceTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        folder = self._run_folder / f"checkpoint-{step}"
         if self.trace_config.best_forget_nll is not None:
             self._measure()
-            if self._early_stop.is_best(step, self.state.best_global_step):
-                self.state.best_global_step = step
-        if self.args.should_save:
-            checkpoints.remove(folder)
-        self.accelerator.wait_for_everyone()
+            if self._early_stop.is_best(self.state.global_step, self.state.best_global_step):
+                self.state.best_global_step = self.state.global_step
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.mark_complete(folder)
-            checkpoints.rotate(folder.parent, self._checkpoint_limit, keep=self.state.best_model_checkpoint)
 
     def save_unlearned(self, output: PathLike, facts: Mapping[str, Any] | None = None) -> None:
         """Writes the final checkpoint in one step: model, tokenizer, trace.json (config, `facts`, log) and model card.
@@ -383,21 +362,10 @@ class TraceTrainer(Trainer):
         Adapters are merged into the model, so nothing can be trained afterwards; from a sharded model (FSDP,
         DeepSpeed) they are written as they are. Call it on all processes.
         """
-        state = None
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded:
-            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
-            gathered = self.accelerator.get_state_dict(self.model_wrapped)
-            state = {name: value for name, value in (gathered or {}).items() if name not in tied}
+        state = self.gathered_state()
         if self.args.should_save:
-            model: Any = self.accelerator.unwrap_model(self.model)
-            if hasattr(model, "merge_and_unload") and not sharded:
-                model = model.merge_and_unload()
-            model.config.use_cache = self._use_cache
             with staged_folder(output) as folder:
-                model.save_pretrained(folder, state_dict=state)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(folder)
+                self.save_whole(folder, state)
                 record = {**(facts or {}), "config": self.trace_config, "steps": self.state.global_step}
                 if self.trace_config.best_forget_nll is not None and self.state.best_global_step:
                     best = self._early_stop.choice(self.state.best_global_step)
@@ -407,28 +375,6 @@ class TraceTrainer(Trainer):
                 write_json(folder / "trace.json", {**record, "log": log})
                 write_text(folder / "README.md", model_card(record))
         self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # save_pretrained splits stacked experts up by default, and Trainer, which reads a checkpoint back by the names
-        # in memory, would miss them with a mere warning.
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-            return
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del model.__dict__["save_pretrained"]
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        if missing or load_result.unexpected_keys:
-            raise UserError(
-                f"{self.args.output_dir}: the checkpoint is not one of this model: it lacks {len(missing)} parameters "
-                f"{missing[:3]} and has {len(load_result.unexpected_keys)} others {load_result.unexpected_keys[:3]}"
-            )
 
 
 class _Beginnings(TrainerCallback):

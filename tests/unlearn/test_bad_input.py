@@ -99,6 +99,7 @@ def test_a_configuration_that_is_no_text(data, capsys):
         ({"dtype": "int8"}, "dtype: got 'int8'"),
         ({"device": "nowhere"}, "device: got 'nowhere'"),
         ({"output": "forget.jsonl/profile"}, "forget.jsonl is not a folder"),
+        ({"retain": "forget.jsonl"}, "the forget set equals the retain set"),
     ],
 )
 def test_profile_checks_its_options_first(data, checkpoint, no_model, capsys, monkeypatch, changes, words):

@@ -212,6 +212,12 @@ def test_the_verb(tmp_path, checkpoint):
         assert line.split(": ", 1)[1] in html
     (tmp_path / "retain.txt").rename(tmp_path / "moved.txt")
     assert "weights cannot be shown" in report_run(tmp_path).render()
+    shown.output = str(tmp_path / "again")
+    with pytest.raises(UserError, match=r"retain\.txt"):
+        calibrate_main(shown, said.append)
+    assert Calibration.load(shown.output).token_weight.max() == weights[0]  # saved before its tokens are looked up
+    shutil.rmtree(shown.output)
+    shown.output = str(tmp_path / "calibration")
     (tmp_path / "moved.txt").rename(tmp_path / "retain.txt")
     shutil.rmtree(shown.output)
     with pytest.raises(UserError, match="exists"):

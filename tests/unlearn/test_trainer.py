@@ -276,9 +276,11 @@ def test_every_family_resumes_and_is_saved_whole(family, tied, tmp_path):
     whole.save_unlearned(tmp_path / "saved")
     assert "## Method" in (tmp_path / "saved" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, found in loaded.named_parameters():
+        assert torch.equal(found, expected[name]), name
     ids = torch.arange(3, 12)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+    with torch.no_grad():  # not to the bit: a matrix product may depend on where in memory its operands lie
+        torch.testing.assert_close(loaded(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
     assert type(loaded) is type(tiny.model(family, V))
 
 
