@@ -110,6 +110,48 @@ def test_same_bits_from_run_to_run(dtype, threads, gradients):
         torch.set_num_threads(before)
 
 
+def divergence(spread, noise, one_head, dtype, backend):
+    """More rows than wait for their normalisers at a time: a pass over the vocabulary ends a block and begins one."""
+    generator = torch.Generator().manual_seed(3)
+    T, H, V = 200, 8, 70000
+    hidden = torch.randn(T, H, generator=generator) * spread
+    ref_hidden = hidden + torch.randn(T, H, generator=generator) * spread * noise
+    weight = torch.randn(V, H, generator=generator) / H**0.5
+    ref_weight = weight + torch.randn(V, H, generator=generator) * noise / H**0.5
+    mask = torch.arange(T) % 9 != 0
+    hidden[0] = float("nan")  # not in the mask
+    wide = torch.float64 if backend == "reference" else dtype
+    hidden, ref_hidden, weight, ref_weight = (x.to(dtype).to(wide) for x in (hidden, ref_hidden, weight, ref_weight))
+    options = {"mask": mask, "softcap": 30.0, "logit_scale": 0.8, "reduction": "none", "backend": backend}
+    weights = (weight, weight if one_head else ref_weight)
+    hidden.requires_grad_()
+    kl = tk.linear_kl(hidden, weights[0], ref_hidden, weights[1], torch.linspace(-1.0, 2.0, T), **options)
+    return kl.detach(), torch.autograd.grad(kl.sum(), hidden)[0], mask
+
+
+@pytest.mark.parametrize(
+    "isa, spread, noise, one_head",
+    [
+        *((isa, 1.0, 1e-2, False) for isa in native().available_isas()),
+        *((native().isa(), spread, noise, True) for spread, noise in ((1.0, 1e-2), (20.0, 0.1), (1e-2, 1.0))),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_of_more_rows_than_wait_at_a_time(isa, spread, noise, one_head, dtype, monkeypatch):
+    # Near distributions: p - q must not be a difference of rounded numbers.
+    monkeypatch.setenv("TRACE_KERNELS_ISA", isa)
+    kl, dx, mask = divergence(spread, noise, one_head, dtype, "cpu")
+    again = divergence(spread, noise, one_head, dtype, "cpu")
+    assert torch.equal(kl, again[0])
+    assert torch.equal(dx, again[1])
+    assert not dx[~mask].any()
+    true_kl, true_dx, _ = divergence(spread, noise, one_head, dtype, "reference")
+    rounding = 2.0**-24 * max(1.0, spread)  # of the logits, in float32
+    assert (kl.double() - true_kl).abs().max() <= 16 * 2 * rounding  # two roundings of a logsumexp above 8
+    budget = 6e-3 if dtype == torch.bfloat16 else 8 * rounding / min(noise, spread)
+    assert (dx.double() - true_dx).norm() <= budget * true_dx.norm()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(value):
     hidden, weight, target = inputs(40, 20, 700, torch.float32)

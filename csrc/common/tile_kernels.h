@@ -104,6 +104,8 @@ struct TileKernels {
   const char* name;
   bool pairs;  // dwords hold two bf16; otherwise one fp32
   int64_t nr;  // columns of a B panel
+  // Packing a head that comes from memory takes as long as its product with this many rows (measured at H = 1024).
+  int64_t pack_rows;
 
   // A[r,k] = rows[r][k] for r < m, k < k_elems, and 0 for m <= r < m_padded; `out` points at the slab row of r = 0.
   void (*pack_a)(const Rows& rows, int64_t m, int64_t m_padded, int64_t k_elems, int64_t rows_a, uint32_t* out);
@@ -137,6 +139,9 @@ struct TileKernels {
   void (*set_targets)(const int64_t* target, const float* value, int64_t v0, int64_t cols, int64_t rows, uint32_t* dz,
                       int64_t rows_dz, int64_t dz_offset, float* dbias);
   void (*kl_tile)(const KlTile& tile);
+  // Packed A, in place: p[r] = of_difference[r] * p[r] + of_ref[r] * p[ref_row + r].
+  void (*kl_combine)(uint32_t* p, int64_t rows_p, int64_t ref_row, int64_t rows, int64_t cols,
+                     const float* of_difference, const float* of_ref);
   void (*kl_gradient_tile)(const KlGradientTile& tile);
   // out[r] (in `type`, row stride in elements) = c[r] for n columns.
   void (*store_rows)(const float* c, int64_t ldc, int64_t m, int64_t n, Type type, void* out, int64_t stride);

@@ -9,6 +9,7 @@ extern const TileKernels kFloatKernels;
 const TileKernels kFloatKernels = {"fp32",
                                    false,
                                    kNR,
+                                   24,
                                    &pack_a<false>,
                                    &pack_bt<false>,
                                    &pack_b<false>,
@@ -19,6 +20,7 @@ const TileKernels kFloatKernels = {"fp32",
                                    &unstash<false>,
                                    &set_targets<false>,
                                    &kl_tile<false>,
+                                   &kl_combine<false>,
                                    &kl_gradient_tile<false>,
                                    &store_rows,
                                    &combine_row};
@@ -31,6 +33,11 @@ extern const TileKernels kPairKernels;
 const TileKernels kPairKernels = {"bf16 pairs",
                                   true,
                                   kNR,
+#if defined(__AMX_BF16__)
+                                  256,
+#else
+                                  24,
+#endif
                                   &pack_a<true>,
                                   &pack_bt<true>,
                                   &pack_b<true>,
@@ -45,6 +52,7 @@ const TileKernels kPairKernels = {"bf16 pairs",
                                   &unstash<true>,
                                   &set_targets<true>,
                                   &kl_tile<true>,
+                                  &kl_combine<true>,
                                   &kl_gradient_tile<true>,
                                   &store_rows,
                                   &combine_row};

@@ -112,6 +112,18 @@ void kl_tile(const KlTile& tile) {
 }
 
 template <bool Pairs>
+void kl_combine(uint32_t* p, int64_t rows_p, int64_t ref_row, int64_t rows, int64_t cols, const float* of_difference,
+                const float* of_ref) {
+  const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad);
+  for (int64_t r = 0; r < rows; ++r) {
+    const vf a = splat(of_difference[r]), b = splat(of_ref[r]);
+    for (int64_t k = 0; k < padded; k += kLanes)
+      store_packed<Pairs>(p, rows_p, r, k,
+                          load_packed<Pairs>(p, rows_p, r, k) * a + load_packed<Pairs>(p, rows_p, ref_row + r, k) * b);
+  }
+}
+
+template <bool Pairs>
 void kl_gradient_tile(const KlGradientTile& tile) {
   const int64_t rows = tile.rows, padded = round_up(rows, Pairs ? 2 * kKPad : kKPad);
   for (int64_t v = 0; v < tile.cols; ++v) {
