@@ -7,6 +7,7 @@ namespace TK_ISA {
 namespace {
 
 constexpr int kRowsAhead = 8;
+constexpr int64_t kLeastPage = 4096;
 
 template <Type T>
 TK_INLINE float load_one(const void* p, int64_t at) {
@@ -59,6 +60,59 @@ TK_INLINE void clear(char* out, size_t bytes) {
   for (; i < bytes; ++i) out[i] = 0;
 }
 
+// d chosen score. V: float, or a vector of rows beside each other; sum: of a row's scores, weighted: of its scores
+// times upstream gradients.
+template <typename V>
+struct Factors {
+  V factor, mean;
+  V along;  // sum_j s_j d s_j without the cancellation
+
+  TK_INLINE Factors(const RouterGradient& p, V sum, V weighted) {
+    const V denominator = p.renormalize ? sum + p.eps : V{} + 1.0f;
+    factor = p.scale / denominator;
+    mean = p.renormalize ? weighted / denominator : V{};
+    along = factor * weighted * (p.renormalize ? p.eps / denominator : V{} + 1.0f);
+  }
+};
+
+template <Type T>
+TK_INLINE void scatter(const int64_t* indices, const char* values, int64_t count, char* out) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < count; ++i)
+    __builtin_memcpy(out + indices[i] * size_of(T), values + i * size_of(T), size_of(T));
+}
+
+// Every lane gets the sum of its row, k neighbouring lanes: a power of two.
+TK_INLINE vf sum_rows(vf v, int64_t k) {
+  if (k > 1) v += __builtin_shuffle(v, iota() ^ 1);
+  if (k > 2) v += __builtin_shuffle(v, iota() ^ 2);
+  if constexpr (kLanes > 4)
+    if (k > 4) v += __builtin_shuffle(v, iota() ^ 4);
+  if constexpr (kLanes > 8)
+    if (k > 8) v += __builtin_shuffle(v, iota() ^ 8);
+  return v;
+}
+
+constexpr int kVectors = 8;
+
+// `count` vectors' rows from t on, as many as a vector holds in each, where only the chosen get a gradient. First all
+// arithmetic, then all writing: what waits in one row does not hold up the next.
+template <Type T, Type G>
+TK_INLINE void gradient_of_vectors(const RouterGradient& p, int64_t t, int64_t count, char* out) {
+  const int64_t k = p.top_k, rows = count * (kLanes / k), row_bytes = p.num_experts * size_of(T);
+  char values[kVectors * kLanes * 4];
+  for (int64_t v = 0; v < count; ++v) {
+    const int64_t at = t * k + v * kLanes;
+    const vf s = load_as_float<Type::f32>(p.chosen, at), upstream = load_as_float<G>(p.grad_weights, at);
+    const Factors<vf> f(p, sum_rows(s, k), sum_rows(s * upstream, k));
+    const vf back = p.score_function == Score::softmax_topk ? f.along : vf{};
+    store_float<T>(values, v * kLanes, slope(p.score_function, s) * ((upstream - f.mean) * f.factor - back));
+  }
+  clear(out, static_cast<size_t>(rows * row_bytes));
+  for (int64_t r = 0; r < rows; ++r)
+    scatter<T>(p.indices + (t + r) * k, values + r * k * size_of(T), k, out + r * row_bytes);
+}
+
 // The gradient of row t into out [E].
 template <Type T, Type G>
 void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char* out) {
@@ -79,40 +133,49 @@ void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char*
     sums += mine ? s : vf{};
     products += mine ? product : vf{};
   }
-  const float weighted = sum_lanes(products);
-  const float denominator = p.renormalize ? sum_lanes(sums) + p.eps : 1.0f;
-  const float factor = p.scale / denominator;
-  const float mean = p.renormalize ? weighted / denominator : 0.0f;
-  // sum_j s_j d s_j without the cancellation.
-  const float along = factor * weighted * (p.renormalize ? p.eps / denominator : 1.0f);
+  const Factors<float> f(p, sum_lanes(sums), sum_lanes(products));
   if (p.logits != nullptr) {
-    dense_row<T>(p, t, p.stats[t * 2], along / p.stats[t * 2 + 1], out);
+    dense_row<T>(p, t, p.stats[t * 2], f.along / p.stats[t * 2 + 1], out);
   } else {
     clear(out, static_cast<size_t>(p.num_experts) * size_of(T));
   }
-  const float back = softmax ? along : 0.0f;
+  const float back = softmax ? f.along : 0.0f;
   for (int64_t j = 0; j < k; j += kLanes) {
     const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size);
     char values[kLanes * 4];
-    store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - mean) * factor - back));
-    const int64_t count = k - j < kLanes ? k - j : kLanes;
-    for (int64_t i = 0; i < count; ++i)
-      __builtin_memcpy(out + p.indices[t * k + j + i] * size_of(T), values + i * size_of(T), size_of(T));
+    store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - f.mean) * f.factor - back));
+    scatter<T>(p.indices + t * k + j, values, k - j < kLanes ? k - j : kLanes, out);
   }
 }
 
 template <Type T, Type G>
 void gradient_rows(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch) {
   const int64_t row_bytes = p.num_experts * size_of(T);
+  const bool power_of_two = p.top_k <= kLanes && (p.top_k & (p.top_k - 1)) == 0;
+  const bool vectors = power_of_two && p.logits == nullptr && p.grad_stride_k == 1 && p.grad_stride_t == p.top_k;
+  const int64_t rows_of_vector = vectors ? kLanes / p.top_k : 1;
+  const auto make = [&](int64_t t, int64_t end, char* out) {
+    while (t < end) {
+      const int64_t count = vectors ? (end - t) / rows_of_vector : 0;
+      int64_t rows = 1;
+      if (count == 0) {
+        gradient_row<T, G>(p, t, scratch.upstream, out);
+      } else {
+        rows = (count < kVectors ? count : kVectors) * rows_of_vector;
+        gradient_of_vectors<T, G>(p, t, rows / rows_of_vector, out);
+      }
+      t += rows;
+      out += rows * row_bytes;
+    }
+  };
   char* gradient = static_cast<char*>(p.gradient);
-  if (scratch.block_rows == 0) {
-    for (int64_t t = tokens.begin; t < tokens.end; ++t)
-      gradient_row<T, G>(p, t, scratch.upstream, gradient + t * row_bytes);
-    return;
-  }
+  if (scratch.block_rows == 0) return make(tokens.begin, tokens.end, gradient + tokens.begin * row_bytes);
   for (int64_t t = tokens.begin; t < tokens.end; t += scratch.block_rows) {
     const int64_t left = tokens.end - t, rows = left < scratch.block_rows ? left : scratch.block_rows;
-    for (int64_t i = 0; i < rows; ++i) gradient_row<T, G>(p, t + i, scratch.upstream, scratch.block + i * row_bytes);
+    // The address of the next block's pages is looked up while this one is computed: 100 of 370 us for 8 MiB.
+    for (int64_t i = 0; i < rows * row_bytes; i += kLeastPage)
+      __builtin_prefetch(gradient + (t + rows) * row_bytes + i, 1);
+    make(t, t + rows, scratch.block);
     stream(gradient + t * row_bytes, scratch.block, rows * row_bytes);
   }
   stream_fence();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,17 +135,20 @@ def router_topk(
     validate.check_choice("weights_dtype", weights_dtype, validate.FLOAT_DTYPES)
 
     keep = logits.requires_grad and torch.is_grad_enabled()
-    arguments = (
-        selection_bias, token_mask, None if table is None else table.detach(), k, score_function, bool(renormalize),
-        float(scale), float(eps), num_groups, topk_groups, group_score, float(masked_group_value), counts is not None,
-        weights_dtype, keep, backend,
+    if table is not None:
+        table = table.detach()
+    constants = (
+        k, score_function, bool(renormalize), float(scale), float(eps), num_groups, topk_groups, group_score,
+        float(masked_group_value),
     )  # fmt: skip
+    rest = (selection_bias, token_mask, table, counts is not None, weights_dtype, keep)
     if not light_op.bypasses(logits, selection_bias, token_mask, table):
-        weights, indices, _, _, counted, score = _router_topk(logits, *arguments)
+        outputs = _router_topk(logits, *rest[:3], *constants, *rest[3:], backend)
     elif keep:
-        weights, indices, _, _, counted, score = _RouterTopk.apply(logits, arguments)  # type: ignore[no-untyped-call]
+        outputs = _RouterTopk.apply(logits, Rule(*constants), rest, backend)  # type: ignore[no-untyped-call]
     else:
-        weights, indices, _, _, counted, score = _forward(logits, *arguments)
+        _, outputs = _run(backend, logits, Rule(*constants), *rest)
+    weights, indices, _, _, counted, score = outputs
     # Here and not in the op: an op that writes to its arguments has no autograd.
     if counts is not None:
         counts += counted
@@ -167,6 +171,16 @@ def _check_number(name: str, value: object, *, at_least_0: bool = False) -> None
         raise ValueError(f"{name}: got {value}, allowed is a finite number{', 0 or larger' if at_least_0 else ''}")
 
 
+def _run(backend: str, *args: Any) -> tuple[SimpleNamespace, reference.Outputs]:
+    """The functions of the backend that takes the call, and what its forward gives; `args` are the forward's."""
+    logits, _, _, _, table = args[:5]
+    functions = backends.select(backend, logits.device, *args)
+    # The cpu backend looks at the table itself.
+    if table is not None and functions.forward is not native.forward_cpu and validate.check_values_on(table.device):
+        validate.check_finite("table", table)
+    return functions, functions.forward(*args)
+
+
 def _forward(
     logits: torch.Tensor,
     selection_bias: torch.Tensor | None,
@@ -187,13 +201,7 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rule = Rule(k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value)
-    args = (logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep)
-    functions = backends.select(backend, logits.device, *args)
-    # The cpu backend looks at the table itself.
-    if table is not None and functions.forward is not native.forward_cpu and validate.check_values_on(table.device):
-        validate.check_finite("table", table)
-    outputs: reference.Outputs = functions.forward(*args)
-    return outputs
+    return _run(backend, logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep)[1]
 
 
 def _fake(
@@ -274,34 +282,29 @@ def _fake_gradient(
 _router_topk_backward = light_op.define("router_topk_backward", _gradient, _fake_gradient)
 
 
-def _save(ctx: Any, logits: torch.Tensor, arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-    """Keeps for the backward what it needs; `arguments` are the forward's after the logits."""
-    k, score_function, renormalize, scale, eps = arguments[3:8]
+def _save(ctx: Any, logits: torch.Tensor, rule: Rule, backend: str, outputs: tuple[torch.Tensor, ...]) -> None:
     _, indices, chosen, stats, _, _ = outputs
-    ctx.rule = Rule(k, score_function, renormalize, scale, eps, 1, 1, "max", 0.0)
-    ctx.num_experts, ctx.dtype, ctx.backend = logits.shape[1], logits.dtype, arguments[-1]
-    ctx.save_for_backward(*((logits,) if ctx.rule.dense_gradient else ()), indices, chosen, stats)
+    ctx.rule, ctx.num_experts, ctx.dtype, ctx.backend = rule, logits.shape[1], logits.dtype, backend
+    ctx.save_for_backward(*((logits,) if rule.dense_gradient else ()), indices, chosen, stats)
     ctx.set_materialize_grads(False)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _save(ctx, inputs[0], inputs[1:], output)
-
-
-def _logits_gradient(ctx: Any, grad_weights: torch.Tensor) -> torch.Tensor:
-    *logits, indices, chosen, stats = ctx.saved_tensors
-    rule = ctx.rule
-    run = _gradient if light_op.bypasses(grad_weights, *logits, indices, chosen, stats) else _router_topk_backward
-    gradient: torch.Tensor = run(
-        grad_weights, logits[0] if logits else None, indices, chosen, stats, rule.score_function, rule.renormalize,
-        rule.scale, rule.eps, ctx.num_experts, ctx.dtype, ctx.backend,
-    )  # fmt: skip
-    return gradient
+    logits, _, _, _, k, score_function, renormalize, scale, eps = inputs[:9]
+    _save(ctx, logits, Rule(k, score_function, renormalize, scale, eps, 1, 1, "max", 0.0), inputs[-1], output)
 
 
 @once_differentiable
 def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return (None if grad_weights is None else _logits_gradient(ctx, grad_weights), *(None,) * 16)
+    if grad_weights is None:
+        return (None,) * 17
+    *logits, indices, chosen, stats = ctx.saved_tensors
+    rule = ctx.rule
+    gradient = _router_topk_backward(
+        grad_weights, logits[0] if logits else None, indices, chosen, stats, rule.score_function, rule.renormalize,
+        rule.scale, rule.eps, ctx.num_experts, ctx.dtype, ctx.backend,
+    )  # fmt: skip
+    return (gradient, *(None,) * 16)
 
 
 torch.library.register_autograd(
@@ -310,18 +313,26 @@ torch.library.register_autograd(
 
 
 class _RouterTopk(torch.autograd.Function):
-    """The same gradient for calls past the dispatcher."""
+    """The same for calls past the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        outputs = _forward(logits, *arguments)
-        _save(ctx, logits, arguments, outputs)
+    def forward(
+        ctx: Any, logits: torch.Tensor, rule: Rule, rest: tuple[Any, ...], backend: str
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.functions, outputs = _run(backend, logits, rule, *rest)
+        _save(ctx, logits, rule, backend, outputs)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, None]:
-        return None if grad_weights is None else _logits_gradient(ctx, grad_weights), None
+    ) -> tuple[torch.Tensor | None, None, None, None]:
+        # With grad mode on, a graph of the backward is asked for: the other way says that there is none.
+        if grad_weights is None or torch.is_grad_enabled() or not light_op.bypasses(grad_weights):
+            return _backward(ctx, grad_weights)[0], None, None, None
+        *logits, indices, chosen, stats = ctx.saved_tensors
+        gradient = ctx.functions.backward(
+            grad_weights, logits[0] if logits else None, indices, chosen, stats, ctx.rule, ctx.num_experts, ctx.dtype
+        )
+        return gradient, None, None, None
