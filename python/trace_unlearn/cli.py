@@ -13,6 +13,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import json
 import os
 import re
 import signal
@@ -157,7 +158,7 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     import jsonargparse
 
     try:
-        return parser.parse_args(_with_switches(parser, words))
+        return parser.parse_args(_with_lists(parser, _with_switches(parser, words)))
     except UnicodeDecodeError as error:
         raise UserError(f"--config: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
     except (jsonargparse.ArgumentError, OSError) as error:
@@ -177,6 +178,29 @@ def _with_switches(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
     return spelled
 
 
+def _with_lists(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Lets a list be words: ``--bits 8 4`` and ``--bits [8, 4]``, which a shell splits, mean ``--bits '[8, 4]'``."""
+    types = {
+        flag: str(getattr(action, "_typehint", "")) for action in parser._actions for flag in action.option_strings
+    }
+    spelled: list[str] = []
+    rest = list(words)
+    while rest:
+        flag = rest.pop(0)
+        spelled.append(flag)
+        if "list[" not in types.get(flag, ""):
+            continue
+        given = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+        del rest[: len(given)]
+        if given and given[0].startswith("["):
+            spelled.append(" ".join(given))
+        elif len(given) > 1 or (given and "| str" not in types[flag]):
+            spelled.append(json.dumps(given))  # JSON: a word stays a word, 1.10 is not 1.1
+        else:
+            spelled += given
+    return spelled
+
+
 def _plain(message: str) -> str:
     """The parser's message, with the flag's name instead of its key and types as users write them."""
     message = re.sub(
@@ -188,6 +212,9 @@ def _plain(message: str) -> str:
     message = re.sub(r"Unexpected config: \s*$", "--config: the file is empty", message)
     message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
     message = re.sub(r"Expected an? (.+?)\. Got value: (.*)", r"expected \1, got '\2'", message)
+    message = re.sub(
+        r"expected <class 'str'>, got '(-?[\d.]+)'", r"expected text, got the number \1: put it in quotes", message
+    )
     message = re.sub(r"<class '(?:builtins\.)?(\w+)'>", r"\1", message).replace("NoneType", "null")
     return re.sub(
         r"the following arguments are required: (.*)",

@@ -62,6 +62,26 @@ def read_json(path: PathLike) -> Any:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
 
 
+def check_made_by(verb: str, folder: PathLike, meta: str) -> None:
+    """UserError unless `folder` holds `meta`, which the verb writes; it names a folder inside that does.
+
+    >>> import tempfile; run = Path(tempfile.mkdtemp())
+    >>> write_json(run / "profile" / "routing.json", {})
+    >>> check_made_by("profile", run / "profile", "routing.json")
+    >>> check_made_by("profile", run, "routing.json")
+    Traceback (most recent call last):
+    trace_unlearn.errors.UserError: ...: no routing.json there, so not written by ...; did you mean .../profile?
+    """
+    folder = Path(folder)
+    if (folder / meta).is_file():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; `trace-unlearn {verb}` writes one")
+    near = sorted(inner.parent for inner in folder.glob(f"*/{meta}"))
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"{folder}: no {meta} there, so not written by `trace-unlearn {verb}`{hint}")
+
+
 def write_text(path: PathLike, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with staged_file(path) as temporary:

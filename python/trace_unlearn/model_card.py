@@ -224,6 +224,8 @@ def _attacks(attacks: Mapping[str, Any] | None) -> str:
 def _choices(facts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     paths = ("model", "forget", "retain", "alternate", "retain_eval", "calibration", "profile")
     told = {name: _name(str(value)) if name in paths else value for name, value in options.items() if value is not None}
+    if "steps" in told:
+        told.pop("epochs", None)  # steps, where given, decide
     flat = flatten({**told, "versions": facts.get("versions") or {}})
     rows = [[name, value] for name, value in flat.items() if value != "" and not name.endswith("token")]
     if not rows:

@@ -89,6 +89,7 @@ class RoutingStatistics:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RoutingStatistics:
         """Reads what `save` wrote, the routes as a memory map; UserError for anything else."""
+        files.check_made_by("profile", folder, META)
         meta = files.read_json(Path(folder) / META)
         made_with = meta.pop("format", None) if isinstance(meta, dict) else None
         if made_with is None:

@@ -169,6 +169,7 @@ class Calibration:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Calibration:
         """Reads what `save` wrote; UserError for anything else."""
+        files.check_made_by("calibrate", folder, META)
         plain = files.read_json(Path(folder) / META)
         made_with = plain.pop("format", None) if isinstance(plain, dict) else None
         if made_with is None:

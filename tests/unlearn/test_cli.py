@@ -2,17 +2,22 @@
 
 import dataclasses
 import importlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
 import trace_unlearn
 from trace_unlearn import cli
 from trace_unlearn.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclasses.dataclass
@@ -78,9 +83,48 @@ def test_switches_may_stand_alone(verb, words, loud):
 
 
 @pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (["[a,", "b]"], ["a", "b"]),
+        (["1.3", "1.10"], ["1.3", "1.10"]),
+        ([r"mlp\.[ab]{1,2}", "x: y"], [r"mlp\.[ab]{1,2}", "x: y"]),
+        ([], None),
+    ],
+)
+def test_a_list_may_be_words(verb, words, names):
+    code = cli.main(["fake", "--names", *words, "--model", "m"])
+    assert (code, [options.names for options in verb.seen]) == ((0, [names]) if names else (2, []))
+
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+COMMANDS = [
+    pytest.param(line.partition(" #")[0], id=f"{page.name}: {line[:60]}")
+    for page in PAGES
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("trace-unlearn ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_pages_parse(command, tmp_path, monkeypatch):
+    """As a shell without quotes would split them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: m\nforget: f\nretain: r\n")
+    _, name, *words = shlex.split(command)
+    verb = cli.VERBS[name]
+    module = importlib.import_module(f"trace_unlearn.{verb.module}")
+    monkeypatch.setattr(module, "main", lambda options: None)
+    cli.run_verb(name, words)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "missing: --model"),
+        (["--model", "m", "--names", "[1.3]"], "--names: expected text, got the number 1.3: put it in quotes"),
         (["--model", "m", "--batch_size", "x"], "--batch_size: expected int or null, got 'x'"),
         (["--model", "m", "--inner.gamma", "x"], "--inner.gamma: expected float, got 'x'"),
         (["--model", "m", "--bogus", "1"], "--bogus"),

@@ -109,6 +109,21 @@ def test_what_another_version_made_is_to_be_made_again(reads, meta, verb, tmp_pa
         reads.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "reads, meta, verb",
+    [(RoutingStatistics, "routing.json", "profile"), (Calibration, "calibration.json", "calibrate")],
+)
+def test_a_folder_above_the_right_one(reads, meta, verb, tmp_path):
+    with pytest.raises(UserError, match=f"no such folder; `trace-unlearn {verb}` writes one"):
+        reads.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"no {meta} there, so not written by `trace-unlearn {verb}`$"):
+        reads.load(tmp_path)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / meta).write_text("{}")
+    with pytest.raises(UserError, match=r"did you mean .*first"):
+        reads.load(tmp_path)
+
+
 def test_loading_something_else(tmp_path):
     with pytest.raises(UserError, match=r"routing\.json"):
         RoutingStatistics.load(tmp_path)

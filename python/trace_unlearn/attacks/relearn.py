@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -62,6 +63,7 @@ def relearn(
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=torch.accelerator.is_available() and not on_cpu,  # elsewhere it does nothing but warn
             use_cpu=on_cpu,
             seed=seed,
         )
