@@ -32,7 +32,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="sections; all, or a few with --quick")
     parser.add_argument("--quick", action="store_true", help="two models, shorter, a few arms: shows that it works")
     parser.add_argument("--report-only", action="store_true", help="no computation: the tables of what is there")
-    parser.add_argument("--publish", type=Path, help="a page of docs/ whose tables, figure and record are replaced")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        help="a page of docs/ whose tables, figure and record to bring up to date; what had more models there stays",
+    )
     options = parser.parse_args(arguments)
     options.models = options.models or (2 if options.quick else 12)
     options.only = options.only or list(QUICK if options.quick else SECTIONS)
@@ -95,13 +99,15 @@ def _report(options: argparse.Namespace) -> None:
     from benchmarks.machine import describe
     from benchmarks.method_study.figure import draw
     from benchmarks.method_study.report import markdown, publish, sentences
-    from benchmarks.method_study.results import collect, read_runs
+    from benchmarks.method_study.results import collect, merged, read_runs
 
     runs = read_runs(options.output, options.models)
     if not runs:
         raise UserError(f"--output: {options.output} holds no finished arm")
-    record = json.dumps({"machine": describe(torch.device("cpu")), **collect(runs, options.models)}) + "\n"
-    results = json.loads(record)
+    results = collect(runs, options.models, describe(torch.device("cpu")))
+    if options.publish is not None and (known := options.publish.with_suffix(".json")).is_file():
+        results = merged(results, read_json(known))
+    record = json.dumps(results) + "\n"
     write_text(options.output / "results.json", record)
     write_text(options.output / "results.md", markdown(results))
     draw(results, options.output / "results.png")

@@ -15,6 +15,7 @@ WHO = {
     "N_accuracy": "on what it holds nothing of (N)",
 }
 Row = Sequence[str]
+_MARKS = ("", "†", "‡", "§", "¶")  # by machine
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -48,16 +49,15 @@ def publish(page: str, tables: str) -> str:
 
 
 def _head(results: Mapping[str, Any]) -> str:
-    machine = results.get("machine", {})
-    said = (
-        f" Tables made at commit {machine['commit']} on {machine['device']}, torch {machine['torch']}."
-        if machine
-        else ""
-    )
+    told = [f"commit {m['commit']} on {m['device']}, torch {m['torch']}" for m in results["machines"]]
+    said = f"Made at {told[0]}."
+    if len(told) > 1:
+        marks = "; ".join(f"{_MARKS[i]} {machine}" for i, machine in enumerate(told[1:], 1))
+        said = f"Made at {told[0]}, but rows with a mark, which had more models there: {marks}."
     return (
         f"{results['models']} models asked for, n finished in each row. Differences are paired over models: mean ± "
         "standard error (p of the exact sign-flip test). Accuracies are shares. **bold**: p < 0.05 after Holm's "
-        f"correction over A and N of the whole table; *italic*: p < 0.05 before it only.{said}"
+        f"correction over A and N of the whole table; *italic*: p < 0.05 before it only. {said}"
     )
 
 
@@ -89,7 +89,7 @@ def _against(results: Mapping[str, Any], *families: str, steps: bool = False, fo
     for c in comparisons:
         found, adjusted = c["differences"], c["adjusted"]
         row = [
-            c["arm"],
+            c["arm"] + _MARKS[c["machine"]],
             c["against"] + (f" ({held[c['view']]})" if c["view"] in held else ""),
             str(_n(found["A_accuracy"])),
             *(_cell(found[m], adjusted.get(m)) for m in ("A_accuracy", "N_accuracy")),
@@ -111,7 +111,7 @@ def _levels(results: Mapping[str, Any]) -> str:
         error = f"{found['error_before']:.3f} → {found['error']:.3f}" if found else "–"
         rows.append(
             [
-                level["label"],
+                level["label"] + _MARKS[level["machine"]],
                 f"{level['n']}" if level["compared"] == level["n"] else f"{level['compared']} of {level['n']}",
                 *(_number(level[m], 3) for m in GROUPS),
                 _number(level["steps"], 0),

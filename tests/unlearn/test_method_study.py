@@ -99,6 +99,9 @@ def test_every_arm_has_its_own_file_name_and_its_baseline_runs_before_it():
                 assert queue.index((seed, arm.baseline)) < queue.index((seed, arm))
 
 
+MACHINE = {"commit": "c0ffee", "device": "a CPU", "torch": "2"}
+
+
 def made_up_runs(gain):
     """Four models whose TRACE arm keeps `gain` more, give or take, and whose control keeps nothing more."""
     rng = random.Random(0)
@@ -115,13 +118,33 @@ def made_up_runs(gain):
 
 
 def test_words_follow_the_numbers_and_four_models_are_too_few_to_claim():
-    record = results.collect(made_up_runs(0.05), 4)
+    record = results.collect(made_up_runs(0.05), 4, MACHINE)
     (found,) = [c for c in record["comparisons"] if c["family"] == "uniform"]
     assert found["differences"]["A_accuracy"]["mean"] == pytest.approx(0.05, abs=0.002)
     assert found["differences"]["A_accuracy"]["p"] == 2 / 16
     text = report.markdown(record)
     assert "too few for any finding" in text
     assert "**" not in text.split("### TRACE")[1]
+
+
+def test_an_earlier_run_lends_what_it_has_of_more_models():
+    few = {key: run for key, run in made_up_runs(0.0).items() if key[0] < 2 and key[1].weights != SHUFFLED}
+    other = Arm(weights=UNIFORM, pace=0.5)
+    few |= {(seed, other): few[seed, Arm(weights=UNIFORM)] for seed in range(2)}
+    record = results.collect(few, 2, MACHINE)
+    earlier = results.collect(made_up_runs(0.05), 4, {**MACHINE, "commit": "00dad5"})
+    found = results.merged(record, earlier)
+    assert [m["commit"] for m in found["machines"]] == ["c0ffee", "00dad5"]
+    assert found["models"] == 4
+    pace = [c for c in found["comparisons"] if c["family"] == "pace"]
+    (gain,) = [c for c in found["comparisons"] if c["family"] == "uniform"]
+    assert {c["machine"] for c in pace} == {0}
+    assert gain["machine"] == 1
+    assert gain == next({**c, "machine": 1} for c in earlier["comparisons"] if c["family"] == "uniform")
+    assert "| TRACE† | uniform | 4 |" in report.markdown(found)
+    whole = results.merged(earlier, record)  # nothing of the smaller run but what only it has
+    assert [c["machine"] for c in whole["comparisons"] if c["family"] == "uniform"] == [0]
+    assert results.merged(found, found) == found
 
 
 def test_publishing_replaces_what_is_between_the_marks():
