@@ -98,8 +98,9 @@ def _report(options: argparse.Namespace) -> None:
 
     from benchmarks.machine import describe
     from benchmarks.method_study.figure import draw
+    from benchmarks.method_study.merge import merged
     from benchmarks.method_study.report import markdown, publish, sentences
-    from benchmarks.method_study.results import collect, merged, read_runs
+    from benchmarks.method_study.results import collect, read_runs
 
     runs = read_runs(options.output, options.models)
     if not runs:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from benchmarks.method_study.statistics import Difference
 from trace_unlearn.errors import UserError
 
 ALPHA = 0.05
@@ -33,6 +35,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "TRACE against uniform weights at the same step, and at the same damage to R": _against(
             results, "uniform, equal steps", "uniform, equal damage", forgotten=True
         ),
+        "The same seeds on two machines, at equal forgetting": _repetitions(results),
         "What each arm kept, and its calibration": _levels(results),
     }
     told = "\n".join(f"- {sentence}" for sentence in sentences(results))
@@ -101,6 +104,20 @@ def _against(results: Mapping[str, Any], *families: str, steps: bool = False, fo
             row.append(_cell(found["F_nll"], None, 2))
         rows.append(row)
     return _table(columns, rows)
+
+
+def _repetitions(results: Mapping[str, Any]) -> str:
+    """Means by machine, and of each seed's mean over the machines with its test: seeds are what is independent."""
+    rows = []
+    for entry in results.get("repeated", []):
+        row = [entry["arm"], entry["against"]]
+        for measure in WHO:
+            runs = [run[measure] for run in entry["runs"].values()]
+            row.append(" and ".join(f"{sum(values) / len(values):+.3f}" for values in runs))
+            both = Difference.of([sum(values) / len(values) for values in zip(*runs, strict=True)])
+            row.append(_cell(asdict(both), 1.0))
+        rows.append(row)
+    return _table(["arm", "against", "A", "A, both", "N", "N, both"], rows)
 
 
 def _levels(results: Mapping[str, Any]) -> str:

@@ -71,63 +71,14 @@ def collect(runs: Runs, models: int, machine: Mapping[str, str]) -> dict[str, An
         "levels": [{**level, "machine": 0} for level in levels],
         "diverged": sorted(f"{arm.corpus} {seed}: {arm.name}" for (seed, arm), run in runs.items() if run["diverged"]),
     }
-    return _corrected(cast("dict[str, Any]", _plain(record)))
+    return corrected(cast("dict[str, Any]", plain(record)))
 
 
-def merged(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """`record`, with what an earlier run on another machine finished for more models.
-
-    A comparison is paired within one run, so each is taken whole from one of them and says from which machine it is.
-    """
-    shift = len(record["machines"])
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for kind, key in (("comparisons", _comparison_key), ("levels", lambda level: level["label"])):
-        best = {key(item): item for item in record[kind]}
-        for item in earlier[kind]:
-            known = best.get(key(item))
-            if known is None or _finished(known) < _finished(item):
-                best[key(item)] = {**item, "machine": item["machine"] + shift}
-        parts[kind] = list(best.values())
-    used = sorted({item["machine"] for items in parts.values() for item in items})
-    for items in parts.values():
-        items.sort(key=_order)
-        items[:] = [{**item, "machine": used.index(item["machine"])} for item in items]
-    machines = [*record["machines"], *earlier["machines"]]
-    return _corrected(
-        {
-            "machines": [machines[i] for i in used],
-            "models": max(record["models"], earlier["models"]),
-            **parts,
-            "diverged": sorted({*record["diverged"], *earlier["diverged"]}),
-        }
-    )
-
-
-def _comparison_key(comparison: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(comparison[name] for name in ("family", "arm", "against", "view"))
-
-
-def _finished(item: Mapping[str, Any]) -> int:
-    """For how many models."""
-    if "n" in item:
-        return int(item["n"])
-    return sum(value is not None for value in item["differences"]["A_accuracy"]["values"])
-
-
-def _order(item: Mapping[str, Any]) -> tuple[int, int]:
-    """The study's own order of arms, by their words."""
-    sections = [{label(arm) for arm in arms} for arms in SECTIONS.values()]
-    if "section" in item:
-        return list(SECTIONS).index(item["section"]), 0
-    place = next(i for i, labels in enumerate(sections) if item["label"] in labels)
-    return place, list(dict.fromkeys(label(arm) for arm in list(SECTIONS.values())[place])).index(item["label"])
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -229,7 +180,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(float(np.mean(known)), 4) if known else None
 
 
-def _corrected(record: dict[str, Any]) -> dict[str, Any]:
+def corrected(record: dict[str, Any]) -> dict[str, Any]:
     """With Holm's p of each tested measure, over the comparisons of its family."""
     families: dict[str, list[tuple[int, str]]] = {}
     comparisons = record["comparisons"]
@@ -239,7 +190,7 @@ def _corrected(record: dict[str, Any]) -> dict[str, Any]:
     adjusted: list[dict[str, float | None]] = [{} for _ in comparisons]
     for members in families.values():
         known = [comparisons[i]["differences"][measure]["p"] for i, measure in members]
-        values = _plain(holm([math.nan if p is None else p for p in known]))
+        values = plain(holm([math.nan if p is None else p for p in known]))
         for (i, measure), value in zip(members, values, strict=True):
             adjusted[i][measure] = value
     pairs = zip(comparisons, adjusted, strict=True)

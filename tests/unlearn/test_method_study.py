@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_study
 
-from benchmarks.method_study import manuals, report, results, statistics
+from benchmarks.method_study import manuals, merge, report, results, statistics
 from benchmarks.method_study.__main__ import main
 from benchmarks.method_study.cells import SECTIONS, SHUFFLED, TRACE, UNIFORM, Arm, ordered
 from benchmarks.method_study.statistics import Difference, View, at_equal, holm, sign_flip, tuned
@@ -133,7 +133,7 @@ def test_an_earlier_run_lends_what_it_has_of_more_models():
     few |= {(seed, other): few[seed, Arm(weights=UNIFORM)] for seed in range(2)}
     record = results.collect(few, 2, MACHINE)
     earlier = results.collect(made_up_runs(0.05), 4, {**MACHINE, "commit": "00dad5"})
-    found = results.merged(record, earlier)
+    found = merge.merged(record, earlier)
     assert [m["commit"] for m in found["machines"]] == ["c0ffee", "00dad5"]
     assert found["models"] == 4
     pace = [c for c in found["comparisons"] if c["family"] == "pace"]
@@ -142,9 +142,20 @@ def test_an_earlier_run_lends_what_it_has_of_more_models():
     assert gain["machine"] == 1
     assert gain == next({**c, "machine": 1} for c in earlier["comparisons"] if c["family"] == "uniform")
     assert "| TRACE† | uniform | 4 |" in report.markdown(found)
-    whole = results.merged(earlier, record)  # nothing of the smaller run but what only it has
+    whole = merge.merged(earlier, record)  # nothing of the smaller run but what only it has
     assert [c["machine"] for c in whole["comparisons"] if c["family"] == "uniform"] == [0]
-    assert results.merged(found, found) == found
+    assert merge.merged(found, found) == found
+
+
+def test_two_machines_stand_side_by_side():
+    record = results.collect(made_up_runs(0.05), 4, MACHINE)
+    other = results.collect(made_up_runs(0.01), 4, {**MACHINE, "device": "another CPU"})
+    found = merge.merged(record, other)
+    (gain,) = [entry for entry in found["repeated"] if entry["family"] == "uniform"]
+    assert [*gain["runs"]] == ["another CPU", "a CPU"]
+    row = next(line for line in report.markdown(found).split("two machines")[1].splitlines() if "| TRACE |" in line)
+    assert "+0.010 and +0.050 | +0.030 ± 0.00" in row
+    assert merge.merged(record, found)["repeated"] == found["repeated"]
 
 
 def test_publishing_replaces_what_is_between_the_marks():
