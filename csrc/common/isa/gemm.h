@@ -28,31 +28,39 @@ TK_INLINE vf multiply_add(vf acc, uint32_t a, vf b) {
   return acc + scalar * b;
 }
 
+// Terms of one sum before it is added to C: sums of sums lose fewer digits than one long sum. Products of bf16 do not
+// need it.
+template <bool Pairs>
+constexpr int64_t kTerms = Pairs ? kKC : 128;
+
 // c[M, kNR] (+)= a[M, k] b[k, kNR]; a has row stride kKS, all dwords.
 template <bool Pairs, int M>
 void micro(const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, int64_t k, bool accumulate) {
-  vf acc[M][kNV];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) acc[i][j] = vf{};
-  for (int64_t step = 0; step < k; ++step) {
-    vf column[kNV];
-#pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) column[j] = load<vf>(b + step * kNR + j * kLanes);
+  for (int64_t begin = 0; begin < k; begin += kTerms<Pairs>) {
+    const int64_t end = k - begin < kTerms<Pairs> ? k : begin + kTerms<Pairs>;
+    const bool add = accumulate || begin > 0;
+    vf acc[M][kNV];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kNV; ++j) acc[i][j] = multiply_add<Pairs>(acc[i][j], a[i * kKS + step], column[j]);
-  }
-  // Added at the end, not at the start: sums of kKC terms lose fewer digits than one long sum.
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
+      for (int j = 0; j < kNV; ++j) acc[i][j] = vf{};
+    for (int64_t step = begin; step < end; ++step) {
+      vf column[kNV];
 #pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) {
-      float* to = c + i * ldc + j * kLanes;
-      store(to, accumulate ? load<vf>(to) + acc[i][j] : acc[i][j]);
+      for (int j = 0; j < kNV; ++j) column[j] = load<vf>(b + step * kNR + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kNV; ++j) acc[i][j] = multiply_add<Pairs>(acc[i][j], a[i * kKS + step], column[j]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kNV; ++j) {
+        float* to = c + i * ldc + j * kLanes;
+        store(to, add ? load<vf>(to) + acc[i][j] : acc[i][j]);
+      }
+  }
 }
 
 using Micro = void (*)(const uint32_t*, const uint32_t*, float*, int64_t, int64_t, bool);
