@@ -9,7 +9,7 @@ import torch
 from torch._C import _dispatch_keys as _keys
 from torch._C import _dispatch_tls_local_include_set as _mode
 from torch.autograd import profiler
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 __all__ = ["LIBRARY", "RUNS", "bypasses", "define"]
@@ -49,7 +49,8 @@ def bypasses(*tensors: torch.Tensor | None) -> bool:
     does, and the dispatcher's way to a Python op and back takes 0.1 ms where a model's layer has just emptied the
     caches, as much as the kernels do.
     """
-    if is_compiling() or profiler._is_profiler_enabled or has_torch_function(tensors):
+    # Dynamo reads this function instead of running it; every other tracer works with a mode or tensors of its own.
+    if is_dynamo_compiling() or profiler._is_profiler_enabled or has_torch_function(tensors):
         return False
     if _mode().raw_repr() != _PLAIN_MODE:
         return False

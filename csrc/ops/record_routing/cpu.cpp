@@ -21,6 +21,32 @@ struct RecordRouting {
   float* score;        // [T], added to, or null
 };
 
+// Counts the tokens of `range` in `bins` and adds their scores. Skipped entries go to bin E, of value 0 in `table`: no
+// branch on data. K: top_k, with indices side by side; 0: whatever p says.
+template <int K, typename Index>
+void record_tokens(const Index* indices, const RecordRouting& p, const Range& range, const float* table,
+                   int64_t* bins) {
+  const int64_t skipped = p.num_experts;
+  // In registers: the counts might alias p.
+  const int64_t top_k = K > 0 ? K : p.top_k, stride = K > 0 ? 1 : p.indices_stride_k;
+  for (int64_t t = range.begin; t < range.end; ++t) {
+    const Index* row = indices + t * p.indices_stride_t;
+    __builtin_prefetch(row + 128 * p.indices_stride_t);  // the hardware's prefetch stops at every page
+    const int64_t counted = p.mask == nullptr || p.mask[t * p.mask_stride] ? 1 : 0;
+    // Two histograms in turn: tokens in a row that choose the same expert do not wait for each other's store.
+    int64_t* mine = bins + (t & 1) * (skipped + 1);
+    float sum = 0.0f;
+    for (int64_t j = 0; j < top_k; ++j) {
+      // Negative and too large entries (identity experts, sentinels) both fail this one comparison.
+      const auto index = static_cast<uint64_t>(static_cast<int64_t>(row[j * stride]));
+      const uint64_t e = std::min(index, static_cast<uint64_t>(skipped));
+      mine[e] += counted;
+      sum += table[e];
+    }
+    if (p.score != nullptr) p.score[t * p.score_stride] += sum;
+  }
+}
+
 // Returns how many entries of the table are NaN or infinite, and adds nothing when there are any. A token has one
 // writer and its slots are summed in order, so scores do not depend on the number of threads.
 template <typename Index>
@@ -28,33 +54,18 @@ int64_t record(const Index* indices, const RecordRouting& p, int num_threads) {
   constexpr int64_t kGrain = 4096;  // tokens below which a thread costs more than it saves
   const int64_t useful = (p.num_tokens + kGrain - 1) / kGrain;
   const int threads = static_cast<int>(useful < num_threads ? (useful < 1 ? 1 : useful) : num_threads);
-  // Skipped entries go to one more bin, of value 0: no branch on data.
   const int64_t skipped = p.num_experts;
-  std::vector<float> table(skipped + 1, 0.0f);
-  if (p.table != nullptr) std::copy(p.table, p.table + skipped, table.begin());
+  std::vector<float> table;
+  if (p.table != nullptr) table.assign(p.table, p.table + skipped);
+  table.resize(skipped + 1);
   const int64_t bad = std::count_if(table.begin(), table.end(), [](float x) { return !std::isfinite(x); });
   if (bad != 0) return bad;
   std::vector<std::vector<int64_t>> partial(threads);
   parallel(threads, [&](int thread, int of) {
-    // Two histograms in turn: tokens in a row that choose the same expert do not wait for each other's store.
     std::vector<int64_t> bins(2 * (skipped + 1), 0);
-    const Range range = split(p.num_tokens, thread, of);
-    const int64_t top_k = p.top_k, stride = p.indices_stride_k;  // in registers: the counts might alias p
-    for (int64_t t = range.begin; t < range.end; ++t) {
-      const Index* row = indices + t * p.indices_stride_t;
-      __builtin_prefetch(row + 128 * p.indices_stride_t);  // the hardware's prefetch stops at every page
-      const int64_t counted = p.mask == nullptr || p.mask[t * p.mask_stride] ? 1 : 0;
-      int64_t* mine = bins.data() + (t & 1) * (skipped + 1);
-      float sum = 0.0f;
-      for (int64_t j = 0; j < top_k; ++j) {
-        // Negative and too large entries (identity experts, sentinels) both fail this one comparison.
-        const auto index = static_cast<uint64_t>(static_cast<int64_t>(row[j * stride]));
-        const uint64_t e = std::min(index, static_cast<uint64_t>(skipped));
-        mine[e] += counted;
-        sum += table[e];
-      }
-      if (p.score != nullptr) p.score[t * p.score_stride] += sum;
-    }
+    // Most models choose 8: a loop of known length.
+    const auto tokens = p.top_k == 8 && p.indices_stride_k == 1 ? &record_tokens<8, Index> : &record_tokens<0, Index>;
+    tokens(indices, p, split(p.num_tokens, thread, of), table.data(), bins.data());
     std::vector<int64_t>& local = partial[thread];
     local.resize(skipped);
     for (int64_t e = 0; e < skipped; ++e) local[e] = bins[e] + bins[skipped + 1 + e];

@@ -16,7 +16,7 @@ cpu_unavailable = functools.partial(compiled.cpu_unavailable, "record_routing_cp
 
 
 def refuse_cpu(indices: torch.Tensor, *args: torch.Tensor | None) -> str | None:
-    return None if indices.device.type == "cpu" else f"indices are on {indices.device}, it serves the cpu only"
+    return None if indices.is_cpu else f"indices are on {indices.device}, it serves the cpu only"
 
 
 def forward_cpu(

@@ -29,7 +29,7 @@ def refuse_cpu(
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> str | None:
-    if logits.device.type != "cpu":
+    if not logits.is_cpu:
         return f"logits are on {logits.device}, it serves the cpu only"
     if logits.dtype not in DTYPES:
         return "it computes in float32, logits are float64"
