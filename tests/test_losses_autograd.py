@@ -1,0 +1,151 @@
+"""Laws of the loss ops under autograd: what a second backward gives, and what is and is not computed or stored."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_losses import LOSSES, REDUCTIONS, H, T, V, inputs, kl, linear_ce
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import trace_kernels as tk
+
+
+@LOSSES
+@REDUCTIONS
+@pytest.mark.parametrize("frozen", [False, True])
+def test_backward_twice_gives_the_same(loss, reduction, frozen):
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    weight.requires_grad_(not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+    result = loss(hidden, weight, target, token_weight, reduction=reduction).sum()
+    first = torch.autograd.grad(result, leaves, retain_graph=True)
+    second = torch.autograd.grad(result, leaves)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@LOSSES
+@REDUCTIONS
+@pytest.mark.parametrize("leaf", [0, 1])
+def test_second_order_raises(loss, reduction, leaf):
+    arguments = inputs()
+    result = loss(*arguments[:3], reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(result, arguments[leaf], create_graph=True)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(loss(*arguments[:3], reduction=reduction).sum(), arguments[leaf])[0]
+    )
+    with pytest.raises(RuntimeError, match="second-order gradients"):
+        gradient.square().sum().backward()
+
+
+def test_second_order_raises_in_place_too():
+    logits = torch.randn(4, V, requires_grad=True)
+    loss = tk.cross_entropy(logits, torch.arange(4), inplace=True)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order gradients"):
+        gradient.square().sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """The calls of this package's ops, with the shapes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "trace_kernels":
+            outputs = result if isinstance(result, (tuple, list)) else [result]
+            self.calls.append((function._opname, [tuple(output.shape) for output in outputs if output is not None]))
+        return result
+
+    @property
+    def names(self):
+        return [name for name, _ in self.calls]
+
+    def shapes(self):
+        return [shape for _, shapes in self.calls for shape in shapes]
+
+
+def test_nothing_is_stashed_without_gradients():
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    calls = [
+        lambda: tk.linear_log_prob(hidden, weight, target),
+        *(
+            lambda loss=loss, r=r: loss(hidden, weight, target, token_weight, reduction=r)
+            for loss in (linear_ce, kl)
+            for r in ("mean", "none")
+        ),
+    ]
+    for call in calls:
+        with torch.no_grad(), Seen() as seen:
+            call()
+        assert seen.calls
+        assert all(math.prod(shape) <= T for shape in seen.shapes()), seen.calls
+
+
+@pytest.mark.parametrize("loss", [linear_ce, kl])
+@REDUCTIONS
+@pytest.mark.parametrize("weights_need_gradient", [False, True])
+def test_frozen_head_never_computes_its_gradient(loss, reduction, weights_need_gradient):
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    token_weight.requires_grad_(weights_need_gradient)
+    with Seen() as seen:
+        loss(hidden, weight.detach(), target, token_weight, reduction=reduction).sum().backward()
+    assert not any("backward_weight" in name for name in seen.names)
+    assert (V, H) not in seen.shapes()
+    assert (T, H) in seen.shapes()
+
+
+@pytest.mark.parametrize("loss", [linear_ce, kl])
+def test_known_weights_need_no_recomputation(loss):
+    hidden, weight, target, token_weight = inputs(torch.float32)
+    with Seen() as seen:
+        loss(hidden, weight, target, token_weight).backward()
+    assert not any("backward_weight" in name for name in seen.names)
+    with Seen() as seen:
+        loss(hidden, weight, target, token_weight, reduction="none").sum().backward()
+    assert sum("backward_weight" in name for name in seen.names) == 1
+
+
+def test_tied_embeddings():
+    """The head's gradient and the embedding's add up."""
+    _, weight, target, token_weight = inputs()
+    tokens = torch.arange(T) % V
+    tk.linear_cross_entropy(F.embedding(tokens, weight), weight, target, token_weight).backward()
+    other = weight.detach().clone().requires_grad_()
+    nll = F.cross_entropy(F.embedding(tokens, other) @ other.T, target, reduction="none")
+    counted = token_weight * (target != -100)
+    ((nll * counted).sum() / counted.sum()).backward()
+    torch.testing.assert_close(weight.grad, other.grad)
+
+
+@LOSSES
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(loss, reentrant):
+    hidden, weight, target, token_weight = inputs()
+    plain = torch.autograd.grad(loss(hidden * 2, weight, target, token_weight), (hidden, weight))
+    result = checkpoint(lambda h: loss(h * 2, weight, target, token_weight), hidden, use_reentrant=reentrant)
+    result.backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), plain, rtol=0, atol=0)
+
+
+def test_in_place_gradient_overwrites_the_logits():
+    for shape in ((T, V), (3, T, V)):
+        logits = torch.randn(shape, requires_grad=True)
+        target = torch.randint(V, shape[:-1])
+        expected = torch.autograd.grad(tk.cross_entropy(logits, target), logits)[0]
+        copy = logits.clone()
+        result = tk.cross_entropy(copy, target, inplace=True)
+        result.backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, expected, rtol=0, atol=0)
+        assert torch.equal(copy.detach(), expected)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+        # Not asked for, not done.
+        before = logits.detach().clone()
+        tk.cross_entropy(logits, target).backward()
+        assert torch.equal(logits.detach(), before)
