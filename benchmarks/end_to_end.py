@@ -43,7 +43,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from benchmarks.machine import ROOT, describe
 from benchmarks.run import RESULTS
 from benchmarks.timing import interleave, median_ratio, peak_memory
-from trace_kernels import native
+from trace_kernels.native import release_workspace
 from trace_unlearn import TraceConfig, TraceTrainer
 from trace_unlearn.files import write_json
 
@@ -246,8 +246,7 @@ def peak_of(options: argparse.Namespace) -> dict[str, int]:
         for parameter in step.model.parameters():  # an earlier micro-batch's; zeros_like would not touch its pages
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter).zero_()
-        if native.cpu_unavailable() is None:
-            native.native().release_workspace()  # what the kernels keep from step to step counts
+        release_workspace()  # what the kernels keep from step to step counts
         found = peak_memory(lambda: step.backward(arm), torch.device(options.device))
         if found is None:
             raise SystemExit("this system does not tell a process's highest memory")

@@ -98,6 +98,13 @@ def use_large_pages(fresh: torch.Tensor) -> None:
         module.use_large_pages(fresh.data_ptr(), fresh.nbytes)
 
 
+def release_workspace() -> None:
+    """Returns to the system what calls on the CPU keep for the next ones: scratch memory, a head's freed gradient."""
+    module, _ = _load()
+    if module is not None and hasattr(module, "release_workspace"):
+        module.release_workspace()
+
+
 def empty_gradient(weight: torch.Tensor) -> torch.Tensor:
     """Uninitialised memory for the gradient of a weight on the CPU, contiguous.
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import trace_kernels as tk
+from trace_kernels.native import release_workspace
 from trace_kernels.ops.linear_cross_entropy.op import log_prob_sum
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
@@ -45,12 +46,14 @@ class Forward:
     Args:
         model: as TraceTrainer takes it, before it is wrapped.
         config: what is wanted.
+        frugal: on a CPU, return the losses' memory to the system before the backward of the layers.
 
     Raises:
         UserError: the model cannot serve it.
     """
 
-    def __init__(self, model: PreTrainedModel, config: TraceConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: TraceConfig, frugal: bool = False) -> None:
+        self._frugal = frugal
         self.fused = fused_loss_of(model) or fuse_loss(model)
         self._takes_router_logits = hasattr(model.config, "output_router_logits")
         self._layer = _Layer(model, config.layer) if config.method.on_hidden_states else None
@@ -109,6 +112,9 @@ class Forward:
         names: list[str] = []
 
         def compute(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+            frugal = self._frugal and not torch.compiler.is_compiling()
+            if frugal and hidden.requires_grad and hidden.device.type == "cpu":
+                hidden.register_hook(_release)
             if coefficient is None:
                 found = self._log_probs(hidden, weight, target, constant, options)
             else:
@@ -198,6 +204,12 @@ class Forward:
             use_cache=False,
             **self.router_options(),
         ).loss
+
+
+def _release(gradient: torch.Tensor) -> None:
+    # A head's gradient was added to .grad by now, because autograd accumulates before it goes on to the layers. During
+    # their backward its memory would lie unused.
+    release_workspace()
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ class TraceTrainer(WholeCheckpoints):
         if retain is not None:
             retain = weighted(retain, config, calibration)
         retain, measured = held_out(retain, retain_eval, config)
-        self._forward = Forward(model, config)
+        self._forward = Forward(model, config, frugal=not joint_forward)
         self._forward.freeze_unused()
         weighed_live = config.routes_weigh and config.weighting == "live"
         self._live = LiveWeights(model, calibration) if weighed_live and calibration else None

@@ -132,6 +132,19 @@ def test_any_split_into_micro_batches_is_the_same_run(objective, size, accumulat
     assert_same_run(whole, split)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("config", [TraceConfig("grad_diff"), TraceConfig("npo", retain_loss="kl")], ids=["nll", "kl"])
+def test_the_losses_memory_is_returned_between_head_and_layers(config, joint, tmp_path, monkeypatch):
+    trained = trainer(tmp_path, config=config, max_steps=1, joint_forward=joint)
+    norm, head = trained.model.model.norm.weight, trained.model.lm_head.weight
+    events = []
+    monkeypatch.setattr("trace_unlearn.forward.release_workspace", lambda: events.append("returned"))
+    head.register_post_accumulate_grad_hook(lambda parameter: events.append("head"))
+    norm.register_post_accumulate_grad_hook(lambda parameter: events.append("norm"))
+    trained.train()
+    assert events == (["head", "norm"] if joint else ["head", "returned", "norm"] * 2)
+
+
 @pytest.mark.parametrize("objective", ["grad_diff", "npo"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_is_the_same_run(objective, reentrant, tmp_path):
