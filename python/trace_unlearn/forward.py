@@ -114,7 +114,7 @@ class Forward:
         def compute(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
             frugal = self._frugal and not torch.compiler.is_compiling()
             if frugal and hidden.requires_grad and hidden.device.type == "cpu":
-                hidden.register_hook(_release)
+                hidden.register_hook(_release)  # type: ignore[no-untyped-call]
             if coefficient is None:
                 found = self._log_probs(hidden, weight, target, constant, options)
             else:
