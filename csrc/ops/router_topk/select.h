@@ -8,7 +8,7 @@ namespace tk {
 namespace TK_ISA {
 namespace {
 
-constexpr int32_t kLowest = INT32_MIN;  // below every number's `ordered`
+constexpr int32_t kLowest = INT32_MIN;  // it and the next are below every number's `ordered`
 
 TK_INLINE int32_t min_lanes(vi v) {
 #if defined(__AVX512F__)
@@ -54,7 +54,7 @@ TK_INLINE vi count_before(const int32_t* numbers, vi mine) {
   __m512i before = _mm512_setzero_si512();
 #pragma GCC unroll 16
   for (int j = 0; j < kLanes; ++j) {
-    // No real number is INT32_MIN, so that the -1 does not wrap.
+    // No number, nor what fills a vector, is INT32_MIN, so that the -1 does not wrap.
     const vi least = ties ? mine + (iota() > j) : mine;
     const __mmask16 larger = _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(numbers[j]), reinterpret_cast<__m512i>(least));
     before = _mm512_mask_add_epi32(before, larger, before, one);
@@ -66,7 +66,7 @@ TK_INLINE vi count_before(const int32_t* numbers, vi mine) {
 // predicted wrongly every other row, keeps the processor from beginning the next row. Writes 16 of values and best.
 TK_INLINE void rank_vector(int32_t* values, const int32_t* index, int64_t n, int32_t* best) {
   const auto real = static_cast<__mmask16>((1u << n) - 1);
-  const auto mine = _mm512_mask_loadu_epi32(_mm512_set1_epi32(kLowest), real, values);
+  const auto mine = _mm512_mask_loadu_epi32(_mm512_set1_epi32(kLowest + 1), real, values);  // count_before subtracts 1
   _mm512_storeu_si512(values, mine);
   asm("" : "+r"(values) : : "memory");  // lanes are read from memory below, which is cheaper than permuting them
   const auto lanes = reinterpret_cast<__m512i>(iota());
