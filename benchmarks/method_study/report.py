@@ -53,10 +53,10 @@ def publish(page: str, tables: str) -> str:
 
 def _head(results: Mapping[str, Any]) -> str:
     told = [f"commit {m['commit']} on {m['device']}, torch {m['torch']}" for m in results["machines"]]
-    said = f"Made at {told[0]}."
+    said = f"Tables made at {told[0]}."
     if len(told) > 1:
         marks = "; ".join(f"{_MARKS[i]} {machine}" for i, machine in enumerate(told[1:], 1))
-        said = f"Made at {told[0]}, but rows with a mark, which had more models there: {marks}."
+        said = f"Tables made at {told[0]}, but rows with a mark, which had more models there: {marks}."
     return (
         f"{results['models']} models asked for, n finished in each row. Differences are paired over models: mean ± "
         "standard error (p of the exact sign-flip test). Accuracies are shares. **bold**: p < 0.05 after Holm's "
