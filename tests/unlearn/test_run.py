@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from trace_unlearn import cli
 from trace_unlearn.files import read_json
@@ -183,7 +184,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_model(configuration, product):
     """Killed while the step after `product` is at work."""
     _, config, folder = configuration
     command = [sys.executable, "-m", "trace_unlearn.cli", "run", str(config), "--train.steps", "6"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # As many threads as this process has: another number may round matrix products otherwise.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
         while not (folder / product).exists():
