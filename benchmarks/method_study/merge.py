@@ -9,6 +9,7 @@ from benchmarks.method_study.cells import SECTIONS
 from benchmarks.method_study.results import TESTED, corrected, label
 
 _REPEATED = ("family", "arm", "against")
+_ARMS = [label(arm) for arms in SECTIONS.values() for arm in arms]
 
 
 def merged(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,13 +55,9 @@ def _finished(item: Mapping[str, Any]) -> int:
     return sum(value is not None for value in item["differences"]["A_accuracy"]["values"])
 
 
-def _order(item: Mapping[str, Any]) -> tuple[int, int]:
-    """The study's own order of arms, by their words."""
-    sections = [{label(arm) for arm in arms} for arms in SECTIONS.values()]
-    if "section" in item:
-        return list(SECTIONS).index(item["section"]), 0
-    place = next(i for i, labels in enumerate(sections) if item["label"] in labels)
-    return place, list(dict.fromkeys(label(arm) for arm in list(SECTIONS.values())[place])).index(item["label"])
+def _order(item: Mapping[str, Any]) -> int:
+    """The study's own order: of sections for comparisons, of arms for levels."""
+    return list(SECTIONS).index(item["section"]) if "section" in item else _ARMS.index(item["label"])
 
 
 def _repeated(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[dict[str, Any]]:

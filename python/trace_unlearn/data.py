@@ -216,19 +216,15 @@ def check_disjoint(forget: datasets.Dataset, retain: datasets.Dataset) -> int:
     Raises:
         UserError: when both sets hold the same rows, in whatever order.
     """
-    if shared := shared_rows(forget, retain):
+    forgotten, retained = _row_hashes(forget), _row_hashes(retain)
+    if set(forgotten) == set(retained):
+        raise UserError("the forget set equals the retain set: nothing can be forgotten and kept at once")
+    shared = sum(row in retained for row in forgotten.elements())
+    if shared:
         logger.warning(
             "%d of %d rows of the forget set are in the retain set too: they are trained both ways", shared, len(forget)
         )
     return shared
-
-
-def shared_rows(forget: datasets.Dataset, retain: datasets.Dataset) -> int:
-    """As `check_disjoint`, without the warning."""
-    forgotten, retained = _row_hashes(forget), _row_hashes(retain)
-    if set(forgotten) == set(retained):
-        raise UserError("the forget set equals the retain set: nothing can be forgotten and kept at once")
-    return sum(row in retained for row in forgotten.elements())
 
 
 def check_held_out(held_out: datasets.Dataset, retain: datasets.Dataset) -> None:

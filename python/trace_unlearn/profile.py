@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import trace_kernels
 from trace_unlearn import files
-from trace_unlearn.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing, shared_rows
+from trace_unlearn.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing
 from trace_unlearn.encoding import IGNORE_INDEX
 from trace_unlearn.errors import UserError
 from trace_unlearn.model import check_inputs, check_placement, input_device, load_model, load_tokenizer
@@ -63,12 +63,23 @@ def profile_routing(
     """
     _check_batch_size(batch_size)
     overlap = check_disjoint(forget, retain)
+    return _to_output(output, source, model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress))
+
+
+def _to_output(
+    output: str | os.PathLike[str] | None,
+    source: dict[str, Any] | None,
+    model: PreTrainedModel,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    overlap: int,
+    run: _Run,
+) -> RoutingStatistics:
     if output is None:
-        stats = _profile(model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress), None)
+        stats = _profile(model, forget, retain, overlap, run, None)
         stats.meta["source"] = source
         return stats
     with files.staged_folder(output) as staged:
-        run = _Run(model, batch_size, pad_token_id, progress)
         stats = _profile(model, forget, retain, overlap, run, staged / ROUTES)
         stats.meta["source"] = source
         stats.save_rest(staged)
@@ -313,17 +324,11 @@ def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
     tokenizer = load_tokenizer(options.model, check_inputs(options.model))
     forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
     retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
-    shared_rows(forget, retain)  # an error comes before the model is loaded; profile_routing warns
+    overlap = check_disjoint(forget, retain)  # before the model is loaded
     model = load_model(options.model, dtype=options.dtype, device=options.device)
-    stats = profile_routing(
-        model,
-        forget,
-        retain,
-        batch_size=options.batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        output=options.output,
-        source={name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")},
-    )
+    source = {name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")}
+    run = _Run(model, options.batch_size, tokenizer.pad_token_id, progress=True)
+    stats = _to_output(options.output, source, model, forget, retain, overlap, run)
     say(
         f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "
         f"layers of {stats.forget_counts.shape[1]} experts, {stats.top_k} a token; written to {options.output}"
