@@ -41,17 +41,17 @@ Row = tuple[str, str, Callable[[], float], str]
 LIMIT = "(a limit, no goal)"
 
 
-class OnlyClears(torch.autograd.Function):
-    """The least that a Python op with a gradient of this size can do in its backward."""
+class LeastBackward(torch.autograd.Function):
+    """The least that a Python op can do in its backward: zeros, or for a dense gradient a copy of the logits."""
 
     @staticmethod
-    def forward(ctx, leaf: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        ctx.leaf = leaf.detach()
+    def forward(ctx, leaf: torch.Tensor, like: torch.Tensor, dense: bool) -> torch.Tensor:
+        ctx.leaf, ctx.dense = leaf.detach(), dense
         return like.clone()
 
     @staticmethod
-    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(ctx.leaf), None
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.leaf.clone() if ctx.dense else torch.zeros_like(ctx.leaf), None, None
 
 
 class Head:
@@ -233,9 +233,10 @@ def router(rounds: int, quick: bool) -> Iterator[Row]:
             backward = [functools.partial(torch.autograd.grad, w, leaf, upstream, retain_graph=True) for w in weights]
             what = "router_topk backward" + ("" if renormalize else ", dense gradient")
             yield f"{what}: torch / ours", name, gain(*backward, rounds), ">= 4"
-            nothing = OnlyClears.apply(leaf, weights[0].detach())
-            clears = functools.partial(torch.autograd.grad, nothing, leaf, upstream, retain_graph=True)
-            yield f"{what}: torch / only zeros", name, gain(clears, backward[1], rounds), LIMIT
+            least = LeastBackward.apply(leaf, weights[0].detach(), not renormalize)
+            call = functools.partial(torch.autograd.grad, least, leaf, upstream, retain_graph=True)
+            what = f"{what}: torch / only {'zeros' if renormalize else 'a copy'}"
+            yield what, name, gain(call, backward[1], rounds), LIMIT
 
 
 def memory(rounds: int, quick: bool) -> Iterator[Row]:

@@ -63,7 +63,7 @@ def with_baseline(arm: Arm, *, control: bool = False) -> list[Arm]:
 
 
 _DEFAULT = Arm()
-RETAIN_WEIGHTS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+RETAIN_WEIGHTS = {"facts": (2.0, 4.0, 8.0, 16.0, 32.0, 64.0), "manuals": (4.0, 8.0, 16.0, 32.0)}
 SECTIONS: dict[str, list[Arm]] = {
     "base": with_baseline(_DEFAULT, control=True),
     "strong_retain": with_baseline(Arm(retain_weight=32.0), control=True),
@@ -81,6 +81,10 @@ SECTIONS: dict[str, list[Arm]] = {
     "adjacent": [arm for share in (0.0, 0.02, 0.1) for arm in with_baseline(Arm(adjacent=share), control=True)],
     "manuals": with_baseline(Arm(corpus="manuals"), control=True),
     "strong_manuals": with_baseline(Arm(corpus="manuals", retain_weight=32.0), control=True),
+    "manuals_pace": [Arm(UNIFORM, corpus="manuals", pace=0.5)],
+    "manuals_retain_weight": [
+        arm for weight in (16.0, 4.0) for arm in with_baseline(Arm(corpus="manuals", retain_weight=weight))
+    ],
     "npo": with_baseline(Arm(objective="npo"), control=True),
 }
 QUICK = ("base", "min_ess")

@@ -174,6 +174,12 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         ("uniform", "TRACE, NPO", "uniform, NPO"),
         ("uniform", "TRACE, manuals", "uniform, manuals"),
         ("control", "TRACE, manuals", "shuffled, manuals"),
+        ("uniform", "TRACE, manuals, retain weight 32", "uniform, manuals, retain weight 32"),
+        ("control", "TRACE, manuals, retain weight 32", "shuffled, manuals, retain weight 32"),
+        ("weight", "uniform, manuals, retain weight 32", "uniform, manuals"),
+        ("tuned", "TRACE, manuals, retain weight tuned", "uniform, manuals, retain weight tuned"),
+        ("pace", "uniform, manuals, learning rate x 0.5", "uniform, manuals"),
+        ("pace", "TRACE, manuals", "uniform, manuals, learning rate x 0.5"),
     ):
         if (family, arm, against) in found:
             said += [_sentence(found[family, arm, against], measure) for measure in WHO]

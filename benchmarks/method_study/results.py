@@ -100,22 +100,17 @@ def _comparisons(runs: Runs, models: int) -> Iterator[Comparison]:
                     yield compare("default", section, arm, Arm())
             elif arm.weights == SHUFFLED:
                 yield compare("shuffled", section, arm, arm.baseline)
-    for pace in (0.5, 2.0):
-        yield compare("pace", "pace", Arm(weights=UNIFORM, pace=pace), Arm(weights=UNIFORM))
-    yield compare("pace", "pace", Arm(), Arm(weights=UNIFORM, pace=0.5))
-    for weight in RETAIN_WEIGHTS:
-        if weight != Arm.retain_weight:
-            uniform = Arm(weights=UNIFORM)
-            yield compare("weight", "retain_weight", replace(uniform, retain_weight=weight), uniform)
-    differences = {measure: _tuned_difference(runs, models, measure) for measure in TESTED}
-    yield Comparison(
-        "tuned",
-        "retain_weight",
-        "TRACE, retain weight tuned",
-        "uniform, retain weight tuned",
-        "forgetting",
-        differences,
-    )
+    for corpus, weights in RETAIN_WEIGHTS.items():
+        uniform, section = Arm(UNIFORM, corpus), "" if corpus == "facts" else f"{corpus}_"
+        for pace in (0.5, 2.0):
+            yield compare("pace", f"{section}pace", replace(uniform, pace=pace), uniform)
+        yield compare("pace", f"{section}pace", Arm(corpus=corpus), replace(uniform, pace=0.5))
+        for weight in weights:
+            if weight != Arm.retain_weight:
+                yield compare("weight", f"{section}retain_weight", replace(uniform, retain_weight=weight), uniform)
+        names = [label(Arm(who, corpus)) + ", retain weight tuned" for who in (TRACE, UNIFORM)]
+        differences = {measure: _tuned_difference(runs, models, corpus, measure) for measure in TESTED}
+        yield Comparison("tuned", f"{section}retain_weight", *names, "forgetting", differences)
 
 
 def _differences(runs: Runs, models: int, arm: Arm, against: Arm, view: str) -> dict[str, Difference]:
@@ -136,14 +131,14 @@ def _differences(runs: Runs, models: int, arm: Arm, against: Arm, view: str) -> 
     return found
 
 
-def _tuned_difference(runs: Runs, models: int, measure: str) -> Difference:
+def _tuned_difference(runs: Runs, models: int, corpus: str, measure: str) -> Difference:
     """TRACE − uniform, each at the retain weight that is best for it on the other models."""
-    view = views("facts")["forgetting"]
+    view = views(corpus)["forgetting"]
     best = []
     for weights in (TRACE, UNIFORM):
         values = {}
-        for weight in RETAIN_WEIGHTS:
-            arm = Arm(weights=weights, retain_weight=weight)
+        for weight in RETAIN_WEIGHTS[corpus]:
+            arm = Arm(weights, corpus, retain_weight=weight)
             known = [runs.get((seed, arm)) for seed in range(models)]
             values[weight] = [math.nan if run is None else view.value(run["curve"], measure) for run in known]
         best.append(np.array(tuned(values)))

@@ -179,15 +179,29 @@ TK_INLINE void store_float(void* p, int64_t offset, vf v) {
   }
 }
 
-// exp(x), relative error below 1e-7; 0 below -87.3, NaN stays NaN. Not meant for x > 88.
-TK_INLINE vf exp_vec(vf x) {
-  x = at_least(x, -104.0f);  // also keeps -inf out of the reduction below
+// Rounds to nearest, for |x| < 2^22.
+TK_INLINE vf to_integer(vf x) {
 #if defined(__AVX512F__)
-  const vf n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = (x * 1.44269504088896341f + magic) - magic;
+  return (x + magic) - magic;
 #endif
+}
+// v * 2^n for an integer n from -151 to 127; without AVX-512 0 where n is below -126.
+TK_INLINE vf times_power_of_two(vf v, vf n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(v, n);
+#else
+  const vf scale = reinterpret_cast<vf>((__builtin_convertvector(n, vi) + 127) << 23);
+  return n < splat(-126.0f) ? vf{} : v * scale;
+#endif
+}
+
+// exp(x), relative error below 1e-7; subnormal or 0 below -87.3, NaN stays NaN. Not meant for x > 88.
+TK_INLINE vf exp_vec(vf x) {
+  x = at_least(x, -104.0f);  // also keeps -inf out of the reduction below
+  const vf n = to_integer(x * 1.44269504088896341f);
   vf r = x - n * 0.693145751953125f;  // ln 2 in two parts: n times the first is exact
   r = r - n * 1.42860682030941723e-6f;
   vf p = splat(1.0f / 720.0f);
@@ -197,12 +211,16 @@ TK_INLINE vf exp_vec(vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
-#else
-  const vf scale = reinterpret_cast<vf>((__builtin_convertvector(n, vi) + 127) << 23);
-  return x < splat(-87.3f) ? vf{} : p * scale;
-#endif
+  return times_power_of_two(p, n);
+}
+
+// exp(x), relative error below 8e-5, for results that are rounded to bfloat16, which errs by up to 2e-3. Otherwise like
+// exp_vec.
+TK_INLINE vf exp_for_bf16(vf x) {
+  const vf y = at_least(x * 1.44269504088896341f, -150.0f), n = to_integer(y), f = y - n;
+  // The cubic closest to 2^f on [-1/2, 1/2] in relative error.
+  const vf p = ((splat(0.0551716691f) * f + 0.242611122f) * f + 0.693260985f) * f + 0.999928074f;
+  return times_power_of_two(p, n);
 }
 
 struct Tanh {

@@ -32,6 +32,12 @@ TK_INLINE vf slope(Score function, vf s) {
   return x < splat(0.35f) ? small : large;
 }
 
+// e^x as exactly as a T can tell.
+template <Type T>
+TK_INLINE vf exp_to(vf x) {
+  return T == Type::bf16 ? exp_for_bf16(x) : exp_vec(x);
+}
+
 // out[e] = -e^(z[e] - top) * factor
 template <Type T>
 void dense_row(const RouterGradient& p, int64_t t, float top, float factor, char* out) {
@@ -43,13 +49,13 @@ void dense_row(const RouterGradient& p, int64_t t, float top, float factor, char
     const char* ahead = row + kRowsAhead * p.stride_t * size;
     for (int64_t i = 0; i < p.num_experts * size; i += 64) __builtin_prefetch(ahead + i);
     for (; e + kLanes <= p.num_experts; e += kLanes)
-      store_float<T>(out, e, exp_vec(load_as_float<T>(row, e) - top) * -factor);
+      store_float<T>(out, e, exp_to<T>(load_as_float<T>(row, e) - top) * -factor);
   }
   for (; e < p.num_experts; e += kLanes) {
     const int64_t left = p.num_experts - e;
     vf z = {};
     for (int i = 0; i < kLanes && i < left; ++i) z[i] = load_one<T>(row, (e + i) * p.stride_e);
-    store_part<T>(out, e, exp_vec(z - top) * -factor, left, p.num_experts);
+    store_part<T>(out, e, exp_to<T>(z - top) * -factor, left, p.num_experts);
   }
 }
 
@@ -68,10 +74,10 @@ struct Factors {
   V along;  // sum_j s_j d s_j without the cancellation
 
   TK_INLINE Factors(const RouterGradient& p, V sum, V weighted) {
-    const V denominator = p.renormalize ? sum + p.eps : V{} + 1.0f;
-    factor = p.scale / denominator;
-    mean = p.renormalize ? weighted / denominator : V{};
-    along = factor * weighted * (p.renormalize ? p.eps / denominator : V{} + 1.0f);
+    const V inverse = 1.0f / (p.renormalize ? sum + p.eps : V{} + 1.0f);
+    factor = p.scale * inverse;
+    mean = p.renormalize ? weighted * inverse : V{};
+    along = factor * weighted * (p.renormalize ? p.eps * inverse : V{} + 1.0f);
   }
 };
 
@@ -95,20 +101,30 @@ TK_INLINE vf sum_rows(vf v, int64_t k) {
 
 constexpr int kVectors = 8;
 
-// `count` vectors' rows from t on, as many as a vector holds in each, where only the chosen get a gradient. First all
-// arithmetic, then all writing: what waits in one row does not hold up the next.
-template <Type T, Type G>
+// `count` vectors' rows from t on, as many as a vector holds in each. First all arithmetic, then all writing: what
+// waits in one row does not hold up the next. K: top_k, or 0 for one that is not known here.
+template <Type T, Type G, int K>
 TK_INLINE void gradient_of_vectors(const RouterGradient& p, int64_t t, int64_t count, char* out) {
-  const int64_t k = p.top_k, rows = count * (kLanes / k), row_bytes = p.num_experts * size_of(T);
+  const int64_t k = K > 0 ? K : p.top_k, rows = count * (kLanes / k), row_bytes = p.num_experts * size_of(T);
+  const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
   char values[kVectors * kLanes * 4];
+  float along[kVectors * kLanes];
   for (int64_t v = 0; v < count; ++v) {
     const int64_t at = t * k + v * kLanes;
     const vf s = load_as_float<Type::f32>(p.chosen, at), upstream = load_as_float<G>(p.grad_weights, at);
     const Factors<vf> f(p, sum_rows(s, k), sum_rows(s * upstream, k));
-    const vf back = p.score_function == Score::softmax_topk ? f.along : vf{};
+    const vf back = softmax ? f.along : vf{};
     store_float<T>(values, v * kLanes, slope(p.score_function, s) * ((upstream - f.mean) * f.factor - back));
+    store(along + v * kLanes, f.along);
   }
-  clear(out, static_cast<size_t>(rows * row_bytes));
+  if (p.logits == nullptr) {
+    clear(out, static_cast<size_t>(rows * row_bytes));
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* stats = p.stats + (t + r) * 2;
+      dense_row<T>(p, t + r, stats[0], along[r * k] / stats[1], out + r * row_bytes);
+    }
+  }
   for (int64_t r = 0; r < rows; ++r)
     scatter<T>(p.indices + (t + r) * k, values + r * k * size_of(T), k, out + r * row_bytes);
 }
@@ -152,7 +168,7 @@ template <Type T, Type G>
 void gradient_rows(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch) {
   const int64_t row_bytes = p.num_experts * size_of(T);
   const bool power_of_two = p.top_k <= kLanes && (p.top_k & (p.top_k - 1)) == 0;
-  const bool vectors = power_of_two && p.logits == nullptr && p.grad_stride_k == 1 && p.grad_stride_t == p.top_k;
+  const bool vectors = power_of_two && p.grad_stride_k == 1 && p.grad_stride_t == p.top_k;
   const int64_t rows_of_vector = vectors ? kLanes / p.top_k : 1;
   const auto make = [&](int64_t t, int64_t end, char* out) {
     while (t < end) {
@@ -162,7 +178,8 @@ void gradient_rows(const RouterGradient& p, const Range& tokens, const RouterGra
         gradient_row<T, G>(p, t, scratch.upstream, out);
       } else {
         rows = (count < kVectors ? count : kVectors) * rows_of_vector;
-        gradient_of_vectors<T, G>(p, t, rows / rows_of_vector, out);
+        const auto make_vectors = p.top_k == 8 ? gradient_of_vectors<T, G, 8> : gradient_of_vectors<T, G, 0>;
+        make_vectors(p, t, rows / rows_of_vector, out);
       }
       t += rows;
       out += rows * row_bytes;
