@@ -174,6 +174,27 @@ def test_gradient_in_float64(name):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("k", [6, 8])
+def test_gradient_of_peaked_rows_is_about_as_exact_as_eagers(backend, k):
+    generator = torch.Generator().manual_seed(k)
+    logits = 16 * torch.randn(999, 64, generator=generator)
+    upstream = torch.randn(999, k, generator=generator)
+    indices = tk.router_topk(logits, k, backend="reference")[1]
+
+    def gradient(function, dtype):
+        leaf = logits.to(dtype).requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, upstream.to(dtype))[0].double()
+
+    def eager(leaf):
+        chosen = leaf.softmax(-1).gather(1, indices)
+        return chosen / chosen.sum(-1, keepdim=True)
+
+    truth = gradient(eager, torch.float64)
+    error = gradient(lambda leaf: tk.router_topk(leaf, k, backend=backend)[0], torch.float32) - truth
+    assert error.norm() < 2 * (gradient(eager, torch.float32) - truth).norm()
+
+
+@pytest.mark.parametrize("backend", CPU)
 def test_second_order_gradients_raise(backend):
     logits = torch.randn(3, 8, requires_grad=True)
     for renormalize in (True, False):

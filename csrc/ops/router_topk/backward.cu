@@ -41,18 +41,20 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
     const auto upstream = [&](int j) {
       return load_as(p.grad_weights, p.grad_type, t * p.grad_stride_t + j * p.grad_stride_k);
     };
-    float weighted = 0.0f, sum = 0.0f;
+    const float origin = p.renormalize ? upstream(0) : 0.0f;
+    float shifted = 0.0f, sum = 0.0f;
     for (int j = lane; j < p.top_k; j += kWarpSize) {
       const float s = p.chosen[t * p.top_k + j];
-      weighted += upstream(j) * s;
+      shifted += (upstream(j) - origin) * s;
       sum += s;
     }
-    weighted = warp_sum(weighted);
-    float denominator = 1.0f, mean = 0.0f, along = p.scale * weighted;  // along = sum_j s_j d s_j
+    shifted = warp_sum(shifted);
+    float denominator = 1.0f, mean = 0.0f, along = p.scale * shifted;  // along = sum_j s_j d s_j
     if (p.renormalize) {
-      denominator = warp_sum(sum) + p.eps;
-      mean = weighted / denominator;
-      along = p.scale * mean * (p.eps / denominator);
+      sum = warp_sum(sum);
+      denominator = sum + p.eps;
+      mean = (shifted - origin * p.eps) / denominator;
+      along = p.scale * (shifted + origin * sum) / denominator * (p.eps / denominator);
     }
     for (int begin = 0; begin < p.num_experts; begin += kTile) {
       const int size = min(kTile, p.num_experts - begin);
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
         const int64_t e = p.indices[t * p.top_k + j] - begin;
         if (e < 0 || e >= size) continue;
         const float s = p.chosen[t * p.top_k + j];
-        const float d_score = p.scale * (upstream(j) - mean) / denominator;
+        const float d_score = p.scale * (upstream(j) - origin - mean) / denominator;
         if (p.score_function == Score::sigmoid) {
           tile[e] += d_score * s * (1.0f - s);
         } else if (p.score_function == Score::sqrtsoftplus) {

@@ -66,20 +66,28 @@ TK_INLINE void clear(char* out, size_t bytes) {
   for (; i < bytes; ++i) out[i] = 0;
 }
 
-// d chosen score. V: float, or a vector of rows beside each other; sum: of a row's scores, weighted: of its scores
-// times upstream gradients.
+// d chosen score j = (upstream j - origin - mean) * factor. V: float, or a vector of rows beside each other.
+// The origin is the best choice's upstream gradient where needs_origin, and else 0.
 template <typename V>
 struct Factors {
   V factor, mean;
   V along;  // sum_j s_j d s_j without the cancellation
 
-  TK_INLINE Factors(const RouterGradient& p, V sum, V weighted) {
+  // sum: of a row's scores s; shifted: of s * (upstream - origin).
+  TK_INLINE Factors(const RouterGradient& p, V sum, V shifted, V origin) {
     const V inverse = 1.0f / (p.renormalize ? sum + p.eps : V{} + 1.0f);
     factor = p.scale * inverse;
-    mean = p.renormalize ? weighted * inverse : V{};
-    along = factor * weighted * (p.renormalize ? p.eps * inverse : V{} + 1.0f);
+    mean = p.renormalize ? (shifted - origin * p.eps) * inverse : V{};
+    along = factor * (shifted + origin * sum) * (p.renormalize ? p.eps * inverse : V{} + 1.0f);
   }
 };
+
+// Where the best score is nearly the sum of all, its upstream gradient less their mean would be what rounding left of
+// both: that error is seen in a T of 32 bits only.
+template <Type T>
+TK_INLINE bool needs_origin(const RouterGradient& p) {
+  return T == Type::f32 && p.renormalize;
+}
 
 template <Type T>
 TK_INLINE void scatter(const int64_t* indices, const char* values, int64_t count, char* out) {
@@ -88,7 +96,10 @@ TK_INLINE void scatter(const int64_t* indices, const char* values, int64_t count
     __builtin_memcpy(out + indices[i] * size_of(T), values + i * size_of(T), size_of(T));
 }
 
-// Every lane gets the sum of its row, k neighbouring lanes: a power of two.
+// Rows of k neighbouring lanes, a power of two. Every lane gets its row's first.
+TK_INLINE vf first_of_rows(vf v, int64_t k) { return __builtin_shuffle(v, iota() & static_cast<int32_t>(-k)); }
+
+// Every lane gets the sum of its row.
 TK_INLINE vf sum_rows(vf v, int64_t k) {
   if (k > 1) v += __builtin_shuffle(v, iota() ^ 1);
   if (k > 2) v += __builtin_shuffle(v, iota() ^ 2);
@@ -112,9 +123,10 @@ TK_INLINE void gradient_of_vectors(const RouterGradient& p, int64_t t, int64_t c
   for (int64_t v = 0; v < count; ++v) {
     const int64_t at = t * k + v * kLanes;
     const vf s = load_as_float<Type::f32>(p.chosen, at), upstream = load_as_float<G>(p.grad_weights, at);
-    const Factors<vf> f(p, sum_rows(s, k), sum_rows(s * upstream, k));
+    const vf origin = needs_origin<T>(p) ? first_of_rows(upstream, k) : vf{}, shifted = upstream - origin;
+    const Factors<vf> f(p, sum_rows(s, k), sum_rows(s * shifted, k), origin);
     const vf back = softmax ? f.along : vf{};
-    store_float<T>(values, v * kLanes, slope(p.score_function, s) * ((upstream - f.mean) * f.factor - back));
+    store_float<T>(values, v * kLanes, slope(p.score_function, s) * ((shifted - f.mean) * f.factor - back));
     store(along + v * kLanes, f.along);
   }
   if (p.logits == nullptr) {
@@ -142,14 +154,15 @@ void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char*
   const auto upstream = [&](int64_t j) {
     return contiguous ? load_part<G>(p.grad_weights, t * k + j, chosen_size) : load<vf>(upstream_row + j);
   };
+  const float origin = needs_origin<T>(p) ? upstream(0)[0] : 0.0f;
   vf sums = {}, products = {};
   for (int64_t j = 0; j < k; j += kLanes) {
-    const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size), product = upstream(j) * s;
+    const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size), product = (upstream(j) - origin) * s;
     const auto mine = iota() < static_cast<int32_t>(k - j);  // the rest belongs to the next row
     sums += mine ? s : vf{};
     products += mine ? product : vf{};
   }
-  const Factors<float> f(p, sum_lanes(sums), sum_lanes(products));
+  const Factors<float> f(p, sum_lanes(sums), sum_lanes(products), origin);
   if (p.logits != nullptr) {
     dense_row<T>(p, t, p.stats[t * 2], f.along / p.stats[t * 2 + 1], out);
   } else {
@@ -159,7 +172,7 @@ void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char*
   for (int64_t j = 0; j < k; j += kLanes) {
     const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size);
     char values[kLanes * 4];
-    store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - f.mean) * f.factor - back));
+    store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - origin - f.mean) * f.factor - back));
     scatter<T>(p.indices + t * k + j, values, k - j < kLanes ? k - j : kLanes, out);
   }
 }

@@ -94,15 +94,19 @@ def backward(
     d s_j = scale (g_j - sum_i g_i s_i / D) / D renormalised, else scale g_j.
     """
     g = grad_weights.to(chosen.dtype)
-    weighted = (g * chosen).sum(dim=1, keepdim=True)
     if rule.renormalize:
-        denominator = chosen.sum(dim=1, keepdim=True) + rule.eps
-        d_scores = rule.scale * (g - weighted / denominator) / denominator
+        # From the best choice's gradient on: where its score is nearly the sum of all, its gradient less their mean
+        # would be what rounding left of both.
+        origin = g[:, :1]
+        shifted = ((g - origin) * chosen).sum(dim=1, keepdim=True)
+        total = chosen.sum(dim=1, keepdim=True)
+        denominator = total + rule.eps
+        d_scores = rule.scale * (g - origin - (shifted - origin * rule.eps) / denominator) / denominator
         # sum_j s_j d s_j without the cancellation
-        along = rule.scale * weighted / denominator * (rule.eps / denominator)
+        along = rule.scale * (shifted + origin * total) / denominator * (rule.eps / denominator)
     else:
         d_scores = rule.scale * g
-        along = rule.scale * weighted
+        along = rule.scale * (g * chosen).sum(dim=1, keepdim=True)
     if rule.score_function == "sigmoid":
         d_chosen = d_scores * chosen * (1 - chosen)
     elif rule.score_function == "sqrtsoftplus":

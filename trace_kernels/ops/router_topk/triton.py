@@ -176,14 +176,18 @@ def backward_kernel(
     used = row_inside[:, None] & (slots < K)
     s = tl.load(chosen + rows[:, None] * K + slots, mask=used, other=0.0)
     g = tl.load(grad_weights + rows[:, None] * stride_gt + slots * stride_gk, mask=used, other=0.0).to(tl.float32)
-    weighted = tl.sum(g * s, axis=1)
-    denominator = tl.full([BLOCK_T], 1.0, tl.float32)
+    factor = tl.full([BLOCK_T], 1.0, tl.float32) * scale
+    origin = tl.zeros([BLOCK_T], tl.float32)  # reference.py says why
     mean = tl.zeros([BLOCK_T], tl.float32)
-    along = scale * weighted  # sum_j s_j d s_j
+    along = scale * tl.sum(g * s, axis=1)  # sum_j s_j d s_j
     if RENORMALIZE:
-        denominator = tl.where(row_inside, tl.sum(s, axis=1) + eps, 1.0)
-        mean = weighted / denominator
-        along = scale * mean * (eps / denominator)
+        origin = tl.load(grad_weights + rows * stride_gt, mask=row_inside, other=0.0).to(tl.float32)
+        shifted = tl.sum((g - origin[:, None]) * s, axis=1)
+        total = tl.sum(s, axis=1)
+        denominator = tl.where(row_inside, total + eps, 1.0)
+        factor = scale / denominator
+        mean = (shifted - origin * eps) / denominator
+        along = factor * (shifted + origin * total) * (eps / denominator)
     experts = tl.arange(0, BLOCK_E)[None, :]
     inside = row_inside[:, None] & (experts < E)
     result = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
@@ -196,7 +200,7 @@ def backward_kernel(
         expert = tl.load(indices + rows * K + slot, mask=row_inside, other=0).to(tl.int32)
         s_j = tl.load(chosen + rows * K + slot, mask=row_inside, other=0.0)
         g_j = tl.load(grad_weights + rows * stride_gt + slot * stride_gk, mask=row_inside, other=0.0).to(tl.float32)
-        d_score = scale * (g_j - mean) / denominator
+        d_score = (g_j - origin - mean) * factor
         if FUNCTION == SIGMOID:
             d_logit = d_score * s_j * (1.0 - s_j)
         elif FUNCTION == SQRTSOFTPLUS:
