@@ -96,18 +96,30 @@ TK_INLINE void scatter(const int64_t* indices, const char* values, int64_t count
     __builtin_memcpy(out + indices[i] * size_of(T), values + i * size_of(T), size_of(T));
 }
 
-// Rows of k neighbouring lanes, a power of two. Every lane gets its row's first.
-TK_INLINE vf first_of_rows(vf v, int64_t k) { return __builtin_shuffle(v, iota() & static_cast<int32_t>(-k)); }
+// Neighbouring lanes of a vector that a row of k takes: rows lie close where k is a power of two, and else have one
+// each.
+TK_INLINE int64_t lanes_of_row(int64_t k) { return (k & (k - 1)) == 0 ? k : kLanes; }
+
+// Every lane gets the first of its row.
+TK_INLINE vf first_of_rows(vf v, int64_t lanes) { return __builtin_shuffle(v, iota() & static_cast<int32_t>(-lanes)); }
 
 // Every lane gets the sum of its row.
-TK_INLINE vf sum_rows(vf v, int64_t k) {
-  if (k > 1) v += __builtin_shuffle(v, iota() ^ 1);
-  if (k > 2) v += __builtin_shuffle(v, iota() ^ 2);
+TK_INLINE vf sum_rows(vf v, int64_t lanes) {
+  if (lanes > 1) v += __builtin_shuffle(v, iota() ^ 1);
+  if (lanes > 2) v += __builtin_shuffle(v, iota() ^ 2);
   if constexpr (kLanes > 4)
-    if (k > 4) v += __builtin_shuffle(v, iota() ^ 4);
+    if (lanes > 4) v += __builtin_shuffle(v, iota() ^ 4);
   if constexpr (kLanes > 8)
-    if (k > 8) v += __builtin_shuffle(v, iota() ^ 8);
+    if (lanes > 8) v += __builtin_shuffle(v, iota() ^ 8);
   return v;
+}
+
+// The vector of rows that begins at element `at` of an array of `size`, zeros in lanes that no row has.
+template <Type T>
+TK_INLINE vf load_rows(const void* p, int64_t at, int64_t k, int64_t lanes, int64_t size) {
+  if (lanes == k) return load_as_float<T>(p, at);
+  const vf v = load_part<T>(p, at, size);
+  return iota() < static_cast<int32_t>(k) ? v : vf{};
 }
 
 constexpr int kVectors = 8;
@@ -116,15 +128,17 @@ constexpr int kVectors = 8;
 // waits in one row does not hold up the next. K: top_k, or 0 for one that is not known here.
 template <Type T, Type G, int K>
 TK_INLINE void gradient_of_vectors(const RouterGradient& p, int64_t t, int64_t count, char* out) {
-  const int64_t k = K > 0 ? K : p.top_k, rows = count * (kLanes / k), row_bytes = p.num_experts * size_of(T);
+  const int64_t k = K > 0 ? K : p.top_k, lanes = lanes_of_row(k), size = p.num_tokens * k;
+  const int64_t rows = count * (kLanes / lanes), row_bytes = p.num_experts * size_of(T);
   const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
   char values[kVectors * kLanes * 4];
   float along[kVectors * kLanes];
   for (int64_t v = 0; v < count; ++v) {
-    const int64_t at = t * k + v * kLanes;
-    const vf s = load_as_float<Type::f32>(p.chosen, at), upstream = load_as_float<G>(p.grad_weights, at);
-    const vf origin = needs_origin<T>(p) ? first_of_rows(upstream, k) : vf{}, shifted = upstream - origin;
-    const Factors<vf> f(p, sum_rows(s, k), sum_rows(s * shifted, k), origin);
+    const int64_t at = (t + v * (kLanes / lanes)) * k;
+    const vf s = load_rows<Type::f32>(p.chosen, at, k, lanes, size);
+    const vf upstream = load_rows<G>(p.grad_weights, at, k, lanes, size);
+    const vf origin = needs_origin<T>(p) ? first_of_rows(upstream, lanes) : vf{}, shifted = upstream - origin;
+    const Factors<vf> f(p, sum_rows(s, lanes), sum_rows(s * shifted, lanes), origin);
     const vf back = softmax ? f.along : vf{};
     store_float<T>(values, v * kLanes, slope(p.score_function, s) * ((shifted - f.mean) * f.factor - back));
     store(along + v * kLanes, f.along);
@@ -134,11 +148,11 @@ TK_INLINE void gradient_of_vectors(const RouterGradient& p, int64_t t, int64_t c
   } else {
     for (int64_t r = 0; r < rows; ++r) {
       const float* stats = p.stats + (t + r) * 2;
-      dense_row<T>(p, t + r, stats[0], along[r * k] / stats[1], out + r * row_bytes);
+      dense_row<T>(p, t + r, stats[0], along[r * lanes] / stats[1], out + r * row_bytes);
     }
   }
   for (int64_t r = 0; r < rows; ++r)
-    scatter<T>(p.indices + (t + r) * k, values + r * k * size_of(T), k, out + r * row_bytes);
+    scatter<T>(p.indices + (t + r) * k, values + r * lanes * size_of(T), k, out + r * row_bytes);
 }
 
 // The gradient of row t into out [E].
@@ -180,9 +194,8 @@ void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char*
 template <Type T, Type G>
 void gradient_rows(const RouterGradient& p, const Range& tokens, const RouterGradientScratch& scratch) {
   const int64_t row_bytes = p.num_experts * size_of(T);
-  const bool power_of_two = p.top_k <= kLanes && (p.top_k & (p.top_k - 1)) == 0;
-  const bool vectors = power_of_two && p.grad_stride_k == 1 && p.grad_stride_t == p.top_k;
-  const int64_t rows_of_vector = vectors ? kLanes / p.top_k : 1;
+  const bool vectors = p.top_k <= kLanes && p.grad_stride_k == 1 && p.grad_stride_t == p.top_k;
+  const int64_t rows_of_vector = vectors ? kLanes / lanes_of_row(p.top_k) : 1;
   const auto make = [&](int64_t t, int64_t end, char* out) {
     while (t < end) {
       const int64_t count = vectors ? (end - t) / rows_of_vector : 0;
