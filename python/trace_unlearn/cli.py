@@ -120,6 +120,8 @@ def run_verb(name: str, words: Sequence[str]) -> None:
         UserError: an unknown flag, a bad value, or whatever mistake the verb finds.
         SystemExit: after ``--help``.
     """
+    from trace_unlearn.files import at_home  # not above: help does without torch
+
     verb = VERBS[name]
     module = importlib.import_module(f"trace_unlearn.{verb.module}")
     options_class = getattr(module, verb.options)
@@ -128,10 +130,11 @@ def run_verb(name: str, words: Sequence[str]) -> None:
         words = [verb.positional, *words]
     namespace = _parse(parser, words)
     if hasattr(module, "options_from"):
-        module.main(module.options_from(namespace))
+        options = module.options_from(namespace)
     else:
         values = parser.instantiate(namespace)
-        module.main(options_class(**{field.name: values[field.name] for field in dataclasses.fields(options_class)}))
+        options = options_class(**{field.name: values[field.name] for field in dataclasses.fields(options_class)})
+    module.main(at_home(options))
 
 
 def build_parser(name: str, module: Any, options_class: type) -> ArgumentParser:

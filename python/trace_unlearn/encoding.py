@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trace_unlearn.errors import UserError
@@ -83,16 +83,17 @@ class Encoder:
             return _text(record, "", value)
         if not isinstance(value, dict):
             raise UserError(f"{record.where}: got {_kind(value)}; allowed are {FORMS}")
-        if "messages" in value:
+        form = _form(value)
+        if form == ("messages",):
             return _messages(record)
-        if "prompt" in value and "completion" in value:
+        if form == ("prompt", "completion"):
             completion = _text(record, "completion", value["completion"])
             return Pair(_text(record, "prompt", value["prompt"]), completion, completion.strip())
-        if "question" in value and "answer" in value:
+        if form == ("question", "answer"):
             answer = _text(record, "answer", value["answer"]).strip()
             question = _text(record, "question", value["question"]).strip()
             return Pair(self.question_template.replace("{question}", question), f" {answer}", answer)
-        if "text" in value:
+        if form == ("text",):
             return _text(record, "text", value["text"])
         fields = ", ".join(repr(field) for field in value) or "none"
         raise UserError(f"{record.where}: unknown fields: got {fields}; allowed are {FORMS}")
@@ -240,6 +241,14 @@ class Encoder:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # templates raise what they like
             raise UserError(f"{record.where}: the chat template refuses these messages: {error}") from error
+
+
+def _form(value: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The fields of the first form that the record has; columns that other rows of a table need are null in it."""
+    forms = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+    found = [fields for fields in forms if all(field in value for field in fields)]
+    filled = [fields for fields in found if all(value[field] is not None for field in fields)]
+    return next(iter(filled or found), None)
 
 
 def _messages(record: Record) -> Messages:

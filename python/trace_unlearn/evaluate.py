@@ -43,6 +43,8 @@ class EvaluateOptions:
         max_length: the most tokens of a row.
         split: of hub data.
         limit: use only the first rows of each data set; none uses all.
+        forget_limit: of the forget data only that many, as in `profile`.
+        retain_limit: of the retain data only that many, as in `profile`.
         batch_size: rows of one forward.
         max_new_tokens: the most tokens of a generated answer; 0 generates none.
         max_generations: answers to generate for each data set; none means all.
@@ -63,6 +65,8 @@ class EvaluateOptions:
     max_length: int = 512
     split: str = "train"
     limit: int | None = None
+    forget_limit: int | None = None
+    retain_limit: int | None = None
     batch_size: int = 8
     max_new_tokens: int = 64
     max_generations: int | None = 300
@@ -207,6 +211,7 @@ def check(options: EvaluateOptions) -> list[str]:
     if options.device_map is None:
         check_placement(options.dtype, options.device)
     open_suites(options.suites)
+    _check_names(options.others)
     if options.retrained is not None and not options.suites:
         raise UserError("retrained: got one, but none of suites, which alone compare with it")
     return models
@@ -218,23 +223,27 @@ def main(options: EvaluateOptions) -> None:
     files.refuse_existing(target)
     models = check(options)
     configs = {name: check_inputs(name, moe=options.base is not None) for name in models}
-    if options.base is not None:
-        check_inputs(options.base)
     if options.retrained is not None:
-        configs[options.retrained] = check_inputs(options.retrained, moe=False)
+        configs.setdefault(options.retrained, check_inputs(options.retrained, moe=False))
     tokenizer = load_tokenizer(models[0], configs[models[0]])
     for name in list(configs)[1:]:
         if load_tokenizer(name, configs[name]).get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name}: its tokenizer is not that of {models[0]}: NLLs cannot be compared")
+    if options.base is not None:
+        try:
+            load_tokenizer(models[0], check_inputs(options.base))
+        except UserError as error:
+            raise UserError(f"base: got {options.base}, which does not go with {models[0]}: {error}") from error
     print(f"evaluate: {', '.join(models)} on {options.forget} and {options.retain} -> {target}")
 
-    def read(source: str) -> datasets.Dataset:
-        return load_tokens(source, tokenizer, max_length=options.max_length, split=options.split, limit=options.limit)
+    def read(source: str, limit: int | None = None) -> datasets.Dataset:
+        least = min((bound for bound in (limit, options.limit) if bound is not None), default=None)
+        return load_tokens(source, tokenizer, max_length=options.max_length, split=options.split, limit=least)
 
     def load(name: str) -> PreTrainedModel:
         return load_model(name, dtype=options.dtype, device=options.device, device_map=options.device_map)
 
-    forget, retain = read(options.forget), read(options.retain)
+    forget, retain = read(options.forget, options.forget_limit), read(options.retain, options.retain_limit)
     others = {name: read(source) for name, source in options.others.items()}
     check_disjoint(forget, retain)
     sets = _named(forget, retain, others)
@@ -322,9 +331,13 @@ def suites_summary(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str
 def _named(
     forget: datasets.Dataset, retain: datasets.Dataset, others: Mapping[str, datasets.Dataset] | None
 ) -> dict[str, datasets.Dataset]:
-    if reserved := {"forget", "retain"} & set(others or ()):
-        raise UserError(f"others: got the name {reserved.pop()!r}, which is taken; use another")
+    _check_names(others or {})
     return {"forget": forget, "retain": retain, **(others or {})}
+
+
+def _check_names(others: Mapping[str, Any]) -> None:
+    if reserved := {"forget", "retain"} & set(others):
+        raise UserError(f"others: got the name {reserved.pop()!r}, which is taken; use another")
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def to_json(value: Any) -> str:
 
 def read_json(path: PathLike) -> Any:
     """Reads a JSON file; UserError names the file, and the line and column of a syntax error."""
-    with _explained(path, "read"):
+    with explained(path, "read"):
         raw = Path(path).read_bytes()
     try:
         return json.loads(raw.decode("utf-8"))
@@ -101,7 +101,7 @@ def save_tensors(
 
 def load_tensors(path: PathLike) -> dict[str, torch.Tensor]:
     """Reads all tensors of a .safetensors file onto the CPU."""
-    with _explained(path, "read"):
+    with explained(path, "read"):
         if Path(path).is_dir():
             raise IsADirectoryError(21, "is a directory", str(path))
         Path(path).open("rb").close()
@@ -111,6 +111,27 @@ def load_tensors(path: PathLike) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from error
 
 
+def at_home(value: Any) -> Any:
+    """`value`, and what an options class, list or mapping holds, with a leading ~ expanded in every string.
+
+    A shell does it for words of their own only: not in YAML, nor after --output=.
+
+    >>> at_home({"output": "~/run"})["output"] == os.path.expanduser("~/run")
+    True
+    """
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {key: at_home(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{field.name: at_home(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        )
+    return value
+
+
 def refuse_existing(path: PathLike) -> None:
     """UserError when something is at `path`, or nothing can be made there; an empty folder may be there."""
     path = Path(path)
@@ -118,7 +139,7 @@ def refuse_existing(path: PathLike) -> None:
     if not os.path.lexists(path):
         return
     if path.is_dir():
-        with _explained(path, "read"):
+        with explained(path, "read"):
             if not any(path.iterdir()):
                 return
         raise UserError(f"{path}: the folder exists and is not empty; name another one or remove it")
@@ -183,7 +204,7 @@ def staged_file(path: PathLike) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        with _explained(path, "write"):
+        with explained(path, "write"):
             if path.is_dir():
                 raise IsADirectoryError(21, "a folder of this name is in the way", str(path))
             _flush(temporary)
@@ -212,12 +233,12 @@ def staged_folder(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     refuse_existing(path)
     temporary = _temporary(path)
-    with _explained(path, "write"):
+    with explained(path, "write"):
         temporary.mkdir()
     try:
         yield temporary
         refuse_existing(path)
-        with _explained(path, "write"):
+        with explained(path, "write"):
             for item in temporary.rglob("*"):
                 _flush(item)
             os.rename(temporary, path)
@@ -228,7 +249,7 @@ def staged_folder(path: PathLike) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     """A fresh hidden name beside `path`, whose folder is made; removes what dead writers on this host left."""
-    with _explained(path, "write"):
+    with explained(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"\W", "_", socket.gethostname())
         ours = re.compile(re.escape(f".{path.name}.{host}.") + r"(\d+)\.[0-9a-f]{8}\.partial")
@@ -258,7 +279,8 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: PathLike, verb: str) -> Iterator[None]:
+def explained(path: PathLike, verb: str) -> Iterator[None]:
+    """Makes an OSError a UserError that says what could not be done with `path`."""
     try:
         yield
     except OSError as error:

@@ -54,6 +54,11 @@ def check_inputs(name_or_path: str | os.PathLike[str], *, moe: bool = True, weig
     return config
 
 
+def is_moe(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's configuration names experts; its weights need not be there. Raises as `check_inputs`."""
+    return _has_experts(check_inputs(name_or_path, moe=False, weights=False).to_dict())
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a batch goes: the device of the model's first layer.
 

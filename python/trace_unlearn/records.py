@@ -33,12 +33,23 @@ def read_records(source: str | os.PathLike[str], *, split: str = "train") -> Ite
     cannot be read: no such file, a folder, an empty file, another suffix, text that is not UTF-8, malformed JSON (with
     line and column), a damaged parquet file, and every failure of the hub, being offline included.
     """
+    path, with_hub = _resolved(source)
+    return _reader(path)(path) if with_hub is None else _hub(with_hub["name"], with_hub["config"], split)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """UserError where `read_records` would refuse a file before it reads it; a hub name is not asked for."""
+    path, with_hub = _resolved(source)
+    if with_hub is None:
+        _reader(path)
+
+
+def _resolved(source: str | os.PathLike[str]) -> tuple[Path, re.Match[str] | None]:
+    """As a path, and as a hub name where it means one."""
     name = os.fspath(source)
     path = Path(name).expanduser()
-    with_hub = HUB_NAME.fullmatch(name)
-    if not os.path.lexists(path) and with_hub and path.suffix.lower() not in SUFFIXES:
-        return _hub(with_hub["name"], with_hub["config"], split)
-    return _reader(path)(path)
+    is_file = os.path.lexists(path) or path.suffix.lower() in SUFFIXES
+    return path, None if is_file else HUB_NAME.fullmatch(name)
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Record]]:

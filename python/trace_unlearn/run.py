@@ -20,13 +20,15 @@ from trace_unlearn.attack import AttackOptions
 from trace_unlearn.calibrate import CalibrateOptions
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluate import EvaluateOptions
-from trace_unlearn.files import digest_of, read_json, refuse_existing, write_json
+from trace_unlearn.files import at_home, digest_of, read_json, refuse_existing, write_json
 from trace_unlearn.lock import LOCK, alone
+from trace_unlearn.model import is_moe
 from trace_unlearn.model_card import write_evaluated
 from trace_unlearn.profile import ProfileOptions
+from trace_unlearn.records import check_source
 from trace_unlearn.report import ReportOptions
 from trace_unlearn.suites import open_suites
-from trace_unlearn.train import TrainOptions
+from trace_unlearn.train import TrainOptions, remove_leftover
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -119,6 +121,7 @@ def options_from(namespace: Namespace) -> RunOptions:
 
 def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
     """Runs the verb."""
+    options = at_home(options)
     output = Path(options.output)
     steps = _steps(options)
     for step in steps:
@@ -143,6 +146,8 @@ def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None])
         for step in steps:
             if step.verb in finished:
                 say(f"{step.verb}: done already, {output / step.product} is there")
+                if step.verb == "train":
+                    remove_leftover(step.options)
                 continue
             # Recorded before it begins: the product appears in one step, and then belongs to this record.
             record[step.verb] = step.identity()
@@ -255,13 +260,19 @@ def _steps(options: RunOptions) -> list[Step]:
             "profile": None if uniform else str(output / "profile"),
             "output": str(output / "model"),
         },
-        "evaluate": {"models": [options.model, str(output / "model")], "base": options.model, "output": str(output)},
+        "evaluate": {
+            "models": [options.model, str(output / "model")],
+            "base": options.model if is_moe(options.model) else None,
+            "output": str(output),
+        },
         "attack": {
             "models": [str(output / "model"), *([retrained] if retrained is not None else [])],
             "calibration": None if uniform else str(output / "calibration"),
             "output": str(output),
         },
     }
+    for name in ("forget", "retain"):
+        _check_source(getattr(options, name), name)
     inputs = {
         "model": digest_of(options.model, "model"),
         "forget": digest_of(options.forget, "forget"),
@@ -291,13 +302,23 @@ def _read_besides(verb: str, options: Any) -> dict[str, str]:
         sources |= {name: source for name, source in given.items() if source is not None}
     if verb == "evaluate":
         sources |= {f"others.{name}": source for name, source in options.others.items()}
-        sources |= {"retrained": options.retrained} if options.retrained is not None else {}
     if verb == "attack" and options.relearn_on is not None:
         sources["relearn_on"] = options.relearn_on
+    for name, source in sources.items():
+        _check_source(source, f"{verb}.{name}")
+    if verb == "evaluate":
+        sources |= {"retrained": options.retrained} if options.retrained is not None else {}
     if verb in ("evaluate", "attack"):
         for name, suite in open_suites(options.suites).items():
             sources |= {f"suites.{name}.{part}": source for part, source in suite.sources().items()}
     return {name: digest_of(source, f"{verb}.{name}") for name, source in sources.items()}
+
+
+def _check_source(source: str, name: str) -> None:
+    try:
+        check_source(source)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _build(verb: str, values: dict[str, Any]) -> Any:

@@ -60,6 +60,20 @@ class WholeCheckpoints(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
+    def check_finite(self) -> None:
+        """UserError, on all processes, where training has diverged."""
+        model: Any = self.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Of a sharded one the part that is here.
+        local = [getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in trained]
+        broken = sum(not bool(torch.isfinite(tensor.detach()).all()) for tensor in local)
+        everywhere = self.accelerator.reduce(torch.tensor(float(broken), device=self.accelerator.device), "sum")
+        if everywhere.item():
+            raise UserError(
+                f"training: weights are not finite after step {self.state.global_step}; lower the learning rate or "
+                "gamma, or clip the gradient (max_grad_norm)"
+            )
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = self.checkpoint_folder(self.state.global_step)
         if self.args.should_save:

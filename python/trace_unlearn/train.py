@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,7 +10,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from trace_unlearn.config import TraceConfig
 from trace_unlearn.data import check_disjoint, check_held_out, fingerprint, load_tokens
 from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import chosen_experts, train_experts
+from trace_unlearn.lock import LOCK, alone
 from trace_unlearn.model import check_inputs, load_model, load_tokenizer
 from trace_unlearn.pairs import check_alternates
 from trace_unlearn.train_options import TrainOptions, check, training_arguments
 from trace_unlearn.trainable import LoraOptions, add_lora, train_only
-from trace_unlearn.trainer import TraceTrainer
+from trace_unlearn.trainer import TRACE, TraceTrainer
 from trace_unlearn.weights import Calibration, attach_weights
 
 __all__ = ["TrainOptions", "check", "main"]
@@ -58,10 +60,14 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         say = _silent
+    options = files.at_home(options)
     config = check(options)
     experts = chosen_experts(options.experts, options.calibration, options.profile)
     config = dataclasses.replace(config, anchor_experts=experts)
-    output, work = Path(options.output), Path(f"{options.output}.training")
+    output, work = Path(options.output), _work(options)
+    if os.environ.get("WORLD_SIZE", "1") == "1" and remove_leftover(options):
+        say(f"train: done already, {output} is there")
+        return
     files.refuse_existing(output)
     does = [f"forgets {options.forget}"] if config.method.forget_loss is not None else []
     if config.method.uses_retain:
@@ -70,6 +76,17 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
     say(f"train: {options.model} {' and '.join(does)} -> {output} ({config.objective}, {weights} weights)")
     inputs = _read(options, config)
     arguments = training_arguments(options, work)
+    with _alone(work) if first else contextlib.nullcontext():
+        _train(options, inputs, arguments, output, say)
+        if first:
+            shutil.rmtree(work, ignore_errors=True)
+    say(f"written to {output}")
+
+
+def _train(
+    options: TrainOptions, inputs: _Inputs, arguments: TrainingArguments, output: Path, say: Callable[[str], None]
+) -> None:
+    work, first = _work(options), arguments.process_index == 0
     if first:
         _check_same_run(work, inputs.facts)
     try:
@@ -89,9 +106,40 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
         raise UserError(
             f"{work} and {output}: cannot be written: {error}; the same command goes on from the last whole checkpoint"
         ) from error
-    if first:
-        shutil.rmtree(work, ignore_errors=True)
-    say(f"written to {output}")
+
+
+def _work(options: TrainOptions) -> Path:
+    """Where the run works until the output is there."""
+    return Path(f"{Path(options.output)}.training")  # a Path drops the slash at the end
+
+
+def remove_leftover(options: TrainOptions) -> bool:
+    """Whether these options' output is there; removes the folder of a run that was stopped before it could itself."""
+    output, work = Path(options.output), _work(options)
+    if not ((work / RECORD).is_file() and (output / TRACE).is_file()):
+        return False
+    begun, written = files.read_json(work / RECORD), files.read_json(output / TRACE)
+    wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+    if any(written.get(name) != value for name, value in begun.items()):
+        return False
+    if any(wanted.get(name) != value for name, value in begun["options"].items()):
+        return False
+    shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Keeps other processes out of the run's folder, and removes it where nothing was made in it."""
+    fresh = not work.exists()
+    with files.explained(work, "write"):
+        work.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(work):
+            yield
+    finally:
+        if fresh and {path.name for path in work.glob("*")} <= {LOCK}:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _silent(message: str) -> None:
@@ -127,6 +175,7 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     facts = {
         "method": _method(config, calibration is not None),
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in free},
+        "model_digest": files.digest_of(options.model, "model"),
         **prints,
         "experts": [list(pair) for pair in config.anchor_experts],
         "calibration": None
@@ -172,7 +221,8 @@ def _digest(folder: Path) -> str:
 def _check_same_run(work: Path, facts: Mapping[str, Any]) -> None:
     """Refuses to go on with a run of other options or other data."""
     if not (work / RECORD).exists():
-        files.refuse_existing(work)
+        if {path.name for path in work.iterdir()} > {LOCK}:
+            files.refuse_existing(work)
         return
     before, now = files.read_json(work / RECORD), json.loads(json.dumps(facts))  # both as JSON holds them
     if before == now or last_complete(work) is None:
@@ -206,6 +256,9 @@ def _trainer(
             "the trained weights are in half precision, where small updates are lost to rounding; dtype float32 with "
             "bf16 keeps them"
         )
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if "forget" in inputs.sets and step > (there := len(inputs.sets["forget"])):
+        logger.warning("a step takes %d forget documents and there are %d: some are in it several times", step, there)
     return TraceTrainer(
         model,
         arguments,

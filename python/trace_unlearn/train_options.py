@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
@@ -17,6 +18,12 @@ from trace_unlearn.trainable import check_patterns
 
 # Set from options of our own, so not to be given as `training`.
 _RESERVED = ("output_dir", "remove_unused_columns", "label_names", "push_to_hub", "load_best_model_at_end")
+_REFUSED = {
+    "save_only_model": "an interrupted run could not go on from such checkpoints as if nothing had happened",
+    "eval_strategy": "nothing is evaluated while training: stop_forget_nll and best_forget_nll measure then, and "
+    "`trace-unlearn evaluate` afterwards",
+    "do_eval": "`trace-unlearn evaluate` does it",
+}
 
 
 @dataclasses.dataclass
@@ -64,10 +71,11 @@ class TrainOptions:
         forget_limit: use only that many forget documents; as in `profile`.
         retain_limit: use only that many retain documents; as in `profile`.
         learning_rate: of AdamW.
-        schedule: of the learning rate: "constant", "linear", "cosine", ... (transformers' names).
+        schedule: of the learning rate after the warm-up: "constant", "linear", "cosine", ... (transformers' names).
         warmup_steps: steps over which the learning rate rises.
         steps: optimisation steps; by default `epochs` decides.
-        epochs: passes over the forget set.
+        epochs: passes over the forget set, each rounded up to whole steps: what fills a pass's last step is the
+            beginning of the next one.
         batch_size: forget documents a process and batch; no forward takes more documents than that.
         accumulation: such batches an optimisation step.
         joint_forward: one forward for the forget and retain documents of a batch, where else each has its own: faster,
@@ -202,23 +210,41 @@ def check(options: TrainOptions) -> TraceConfig:
             f"weight_decay: got {options.weight_decay}, allowed is 0 with experts: it would decay the others"
         )
     check_patterns(options.trainable)
+    if options.lora_rank and not (options.lora_modules or options.lora_parameters):
+        raise UserError("lora_modules: got none, and no lora_parameters either; lora_rank needs names to adapt")
+    schedules = [kind.value for kind in SchedulerType]
+    if options.schedule not in schedules:
+        raise UserError(f"schedule: got {options.schedule!r}, allowed: {', '.join(schedules)}")
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options.training:
         if name not in known:
             raise UserError(f"training: {name!r} is no field of transformers.TrainingArguments")
         if name in _RESERVED or name in _own_arguments(options, Path()):
             raise UserError(f"training: {name!r} is set by an option of its own")
+        if name in _REFUSED:
+            raise UserError(f"training: {name!r} is not allowed: {_REFUSED[name]}")
+    _check_reporters(options.training.get("report_to", "none"))
     return config
 
 
+def _check_reporters(given: Any) -> None:
+    known = ("all", "none", *get_available_reporting_integrations())  # type: ignore[no-untyped-call]
+    for name in [given] if isinstance(given, str) else given:
+        if name not in known:
+            raise UserError(f"training: report_to: got {name!r}, allowed is what is installed: {', '.join(known)}")
+
+
 def _own_arguments(options: TrainOptions, work: Path) -> dict[str, Any]:
+    schedule = options.schedule
+    if schedule == "constant" and options.warmup_steps:
+        schedule = "constant_with_warmup"  # "constant" itself knows no warm-up
     checkpointing = "gradient_checkpointing"
     if "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}:
         checkpointing = "activation_checkpointing"  # its newer name
     return {
         "output_dir": str(work),
         "learning_rate": options.learning_rate,
-        "lr_scheduler_type": options.schedule,
+        "lr_scheduler_type": schedule,
         "warmup_steps": options.warmup_steps,
         "max_steps": options.steps or -1,
         "num_train_epochs": options.epochs,

@@ -32,6 +32,8 @@ from trace_unlearn.pairs import PairCollator, PairDataset, PositionSampler, spli
 from trace_unlearn.saving import WholeCheckpoints
 from trace_unlearn.weights import Calibration
 
+TRACE = "trace.json"  # in the finished folder: configuration, facts and log
+
 
 @dataclasses.dataclass(frozen=True)
 class StepTotals:
@@ -350,6 +352,7 @@ class TraceTrainer(WholeCheckpoints):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_finite()
         if self.trace_config.best_forget_nll is not None:
             self._measure()
             if self._early_stop.is_best(self.state.global_step, self.state.best_global_step):
@@ -362,6 +365,7 @@ class TraceTrainer(WholeCheckpoints):
         Adapters are merged into the model, so nothing can be trained afterwards; from a sharded model (FSDP,
         DeepSpeed) they are written as they are. Call it on all processes.
         """
+        self.check_finite()
         state = self.gathered_state()
         if self.args.should_save:
             with staged_folder(output) as folder:
@@ -372,7 +376,7 @@ class TraceTrainer(WholeCheckpoints):
                     record |= {"steps": best["step"], "best": {**best, "trained_steps": self.state.global_step}}
                 # Without Trainer's summary at the end: after a resume its mean loss leaves the steps before out.
                 log = [entry for entry in self.state.log_history if "train_runtime" not in entry]
-                write_json(folder / "trace.json", {**record, "log": log})
+                write_json(folder / TRACE, {**record, "log": log})
                 write_text(folder / "README.md", model_card(record))
         self.accelerator.wait_for_everyone()
 

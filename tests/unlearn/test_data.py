@@ -131,6 +131,13 @@ def test_txt_is_one_document_and_parquet_rows_are_records(tmp_path):
     assert load_tokens(tmp_path / "a.parquet", WORDS, progress=False)["answer"][:] == ["w3"]
 
 
+def test_columns_that_other_rows_need_are_null(tmp_path):
+    row = {"messages": None, "prompt": None, "completion": None, "question": "w1", "answer": "w2", "text": None}
+    assert load(tmp_path, "a.jsonl", json.dumps(row))["answer"][:] == ["w2"]
+    row = {**row, "question": None, "answer": None, "text": "w1 w2"}
+    assert load(tmp_path, "b.jsonl", json.dumps(row))["input_ids"][:] == [[BOS, *ids("w1 w2"), EOS]]
+
+
 def test_a_single_record_is_a_json_file_too(tmp_path):
     assert len(load(tmp_path, "one.json", '{"text": "w1"}')) == 1
 

@@ -78,11 +78,16 @@ def test_mistakes_leave_nothing_behind(options, tmp_path, change, match, monkeyp
 
 
 def test_mistakes_that_need_files(options, tmp_path, checkpoint):
-    options.retain = options.forget
+    retain, options.retain = options.retain, options.forget
     with pytest.raises(UserError, match="the forget set equals the retain set"):
         evaluate.main(options)
     options.base = str(checkpoint("llama"))
     with pytest.raises(UserError, match=r"a dense model \(llama\)"):
+        evaluate.main(options)
+    small = tmp_path / "small"
+    tiny.model("qwen3_moe", 9).save_pretrained(small)
+    options.retain, options.base = retain, str(small)
+    with pytest.raises(UserError, match=r"base: got .*small, which does not go with .*: the tokenizer does not match"):
         evaluate.main(options)
     other = tmp_path / "other"
     tiny.model("qwen3_moe", 80).save_pretrained(other)

@@ -149,6 +149,32 @@ def test_uniform_weights_need_no_calibration(configuration):
     assert list(made(folder)) == ["model", "metrics.json"]
 
 
+def test_a_dense_model_with_limits(configuration, checkpoint):
+    _, config, folder = configuration
+    words = ["--model", str(checkpoint("llama")), "--train.weighting", "uniform", "--report", "false"]
+    assert cli.main(["run", str(config), *words, "--forget_limit", "5", "--retain_limit", "9"]) == 0
+    for measures in read_json(folder / "metrics.json")["checkpoints"].values():
+        assert (measures["forget"]["rows"], measures["retain"]["rows"]) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--evaluate.others", '{"more": "typo.jsonl"}'], "evaluate.others.more: typo.jsonl: no such file"),
+        (["--evaluate.others", '{"forget": "typo.jsonl"}'], "evaluate.others.forget: typo.jsonl: no such file"),
+        (["--train.retain_eval", "typo.jsonl", "--train.stop_retain_nll", "9"], "train.retain_eval: typo.jsonl"),
+        (["--train.schedule", "steep"], "train: schedule: got 'steep', allowed: linear"),
+        (["--train.training", '{"eval_strategy": "steps"}'], "train: training: 'eval_strategy' is not allowed"),
+        (["--retain", "typo.jsonl"], "retain: typo.jsonl: no such file"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_done(configuration, capsys, words, said):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

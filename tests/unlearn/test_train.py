@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from train_runs import losses, options, record, weights, write_facts
 
 from trace_unlearn.errors import UserError
 from trace_unlearn.expert_masks import top_experts
+from trace_unlearn.lock import alone
 from trace_unlearn.model import load_model, load_tokenizer
 from trace_unlearn.profile import RoutingStatistics
 from trace_unlearn.train import main
+from trace_unlearn.trainer import TraceTrainer
 from trace_unlearn.weights import Calibration
 
 
@@ -233,6 +238,13 @@ def test_mistakes_are_told_before_the_model_is_loaded(files, tmp_path, monkeypat
         ({"training": {"learning_rat": 1}}, "'learning_rat' is no field"),
         ({"training": {"seed": 1}}, "'seed' is set by an option of its own"),
         ({"training": {"optim": "adamw_fantasy"}}, "adamw_fantasy"),
+        (
+            {"training": {"eval_strategy": "steps"}},
+            "'eval_strategy' is not allowed: nothing is evaluated while training",
+        ),
+        ({"training": {"save_only_model": True}}, "'save_only_model' is not allowed: an interrupted run"),
+        ({"training": {"report_to": ["paper"]}}, "report_to: got 'paper', allowed is what is installed"),
+        ({"lora_rank": 4, "lora_modules": []}, "lora_modules: got none"),
     ):
         with pytest.raises(UserError, match=message):
             main(options(files, tmp_path / "out", **changes) if "output" not in changes else options(files, **changes))
@@ -258,3 +270,63 @@ def test_a_run_that_wrote_no_checkpoint_starts_anew(files, tmp_path):
         main(options(files, tmp_path / "out", steps=9, learning_rate=1e30), lambda message: None)
     main(options(files, tmp_path / "out", steps=1), lambda message: None)
     assert len(losses(tmp_path / "out")) == 1
+
+
+def test_a_slash_and_a_tilde_name_the_same_folder(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(files["model"])
+    main(options(files, "~/out/", weighting="uniform", steps=1), lambda message: None)
+    assert losses(tmp_path / "out")
+    assert not list(tmp_path.glob("*.training"))
+    assert not Path("~").exists()
+
+
+def test_what_a_stop_after_the_result_leaves_is_removed(files, tmp_path, monkeypatch):
+    given = options(files, tmp_path / "out", weighting="uniform", steps=1)
+    monkeypatch.setattr("trace_unlearn.train.shutil.rmtree", lambda *arguments, **options: None)
+    main(given, lambda message: None)
+    monkeypatch.undo()
+    assert (tmp_path / "out.training").exists()
+    with pytest.raises(UserError, match="not empty"):
+        main(dataclasses.replace(given, alpha=2.0), lambda message: None)
+    said = []
+    main(given, said.append)
+    assert "done already" in said[-1]
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_another_base_model_is_refused_when_a_run_goes_on(files, tmp_path, monkeypatch):
+    shutil.copytree(files["model"], tmp_path / "base")
+    given = options({**files, "model": str(tmp_path / "base")}, tmp_path / "out", weighting="uniform", save_steps=2)
+    monkeypatch.setattr(TraceTrainer, "save_unlearned", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(given, lambda message: None)
+    monkeypatch.undo()
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="other model_digest"):
+        main(given, lambda message: None)
+
+
+def stopped(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("changes", [{"log_steps": 10}, {"log_steps": 10, "save_steps": 2}])
+def test_a_diverged_model_is_not_written(changes, files, tmp_path):
+    given = options(files, tmp_path / "out", weighting="uniform", learning_rate=1e30, max_grad_norm=0.0, **changes)
+    with pytest.raises(UserError, match="not finite after step"):
+        main(given, lambda message: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_at_a_time(files, tmp_path):
+    (tmp_path / "out.training").mkdir()
+    with alone(tmp_path / "out.training"), pytest.raises(UserError, match="another process is at work"):
+        main(options(files, tmp_path / "out", weighting="uniform"), lambda message: None)
+
+
+def test_the_warm_up_counts_with_a_constant_schedule(files, tmp_path):
+    main(options(files, tmp_path / "out", weighting="uniform", warmup_steps=4), lambda message: None)
+    rates = [entry["learning_rate"] for entry in record(tmp_path / "out")["log"] if "loss" in entry]
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4])
