@@ -58,6 +58,22 @@ def test_inputs_are_not_touched(op, case):
             torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_default_dtype_of_torch_does_not_matter(name):
+    # A kernel that writes float32 into memory of another dtype may end the process.
+    before = torch.get_default_dtype()
+    for case in (case for case in OPS[name].cases if not case.benchmark):
+        call = case.call()
+        expected = run(OPS[name].function, call).tensors
+        for dtype in (torch.float64, torch.bfloat16):
+            try:
+                torch.set_default_dtype(dtype)
+                got = run(OPS[name].function, call).tensors
+            finally:
+                torch.set_default_dtype(before)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("op, case", CASES)
 def test_compiles_to_one_graph(op, case):
     torch._dynamo.reset()

@@ -113,7 +113,7 @@ def calibrate(
         scale = math.exp(DISTANCES["balance"].scale(log_raw, patterns.counts, cap))
     weights = lookup(score, count, phi, reduce, scale, cap).float()[patterns.token_pattern]
 
-    table, hit_table = torch.zeros(L, E), torch.zeros(L, E)
+    table, hit_table = (torch.zeros(L, E, dtype=torch.float32) for _ in range(2))
     table[selected[:, 0], selected[:, 1]] = values.float()
     hit_table[selected[:, 0], selected[:, 1]] = 1.0
     outcome = matching(weights, hits, f)

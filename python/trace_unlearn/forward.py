@@ -218,7 +218,7 @@ def _logged(
 ) -> torch.Tensor:
     """[B, S]: log-probabilities of what is only logged; the other targets are ignored."""
     if not (target != options["ignore_index"]).any():
-        return torch.zeros((), device=hidden.device)
+        return torch.zeros((), dtype=torch.float32, device=hidden.device)
     found: torch.Tensor = tk.linear_log_prob(hidden, weight, target, **options)
     return found
 

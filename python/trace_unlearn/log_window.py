@@ -13,7 +13,7 @@ class LogWindow:
 
     def __init__(self, device: torch.device) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._largest = torch.zeros((), device=device)
+        self._largest = torch.zeros((), dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def add(self, values: Mapping[str, torch.Tensor], share: torch.Tensor) -> None:

@@ -117,7 +117,7 @@ class Predictor:
     def _from_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self.model(**tokens, use_cache=False).logits
-        found = torch.zeros(batch["labels"].shape, device=logits.device)
+        found = torch.zeros(batch["labels"].shape, dtype=torch.float32, device=logits.device)
         best = torch.zeros_like(found, dtype=torch.bool)
         for row, labels in enumerate(batch["labels"].to(logits.device)):
             positions = (labels[1:] != IGNORE_INDEX).nonzero().flatten()
@@ -163,7 +163,7 @@ def most_likely(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, n
     found = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     for first in range(0, len(hidden), TOKENS):
         rows = hidden[first : first + TOKENS].float()
-        largest = torch.full((len(rows),), -torch.inf, device=rows.device)
+        largest = rows.new_full((len(rows),), -torch.inf)
         index = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for low in range(0, len(weight), WORDS):
             logits = rows @ weight[low : low + WORDS].float().T

@@ -178,7 +178,7 @@ class _Side:
         """
         p = self.counts.double() / self.tokens
         if self._documents < 2:
-            return torch.full(p.shape, torch.inf)
+            return torch.full(p.shape, torch.inf, dtype=torch.float32)
         spread = self._squares - 2 * p * self._products + p**2 * self._sizes
         among = spread * self._documents / ((self._documents - 1) * self.tokens)
         effect = among / (p * (1 - p)).clamp(min=1e-300)

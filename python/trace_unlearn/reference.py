@@ -42,7 +42,7 @@ class Reference:
             self._sums = {name: sums.to(args.device) for name, sums in load_tensors(self._tensors).items()}
             return
         for name, dataset in self._documents.items():
-            sums = torch.zeros(len(dataset), device=args.device)
+            sums = torch.zeros(len(dataset), dtype=torch.float32, device=args.device)
             for start, batch in batches(dataset, self._pad_token_id, accelerator, args):
                 bearing = loss_bearing(batch["labels"], batch["attention_mask"])
                 found = in_eval(model, log_probs, batch).where(bearing, 0.0).sum(-1)

@@ -242,7 +242,9 @@ class RoutingRecorder:
                 continue
             state.mask = None if mask is None else mask.reshape(-1).to(state.device)
             size = tokens.shape[0] * tokens.shape[1]
-            state.scores = None if state.table is None else torch.zeros(size, device=state.device)
+            state.scores = None
+            if state.table is not None:
+                state.scores = torch.zeros(size, dtype=torch.float32, device=state.device)
             state.gate.fill_(1)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -271,7 +271,8 @@ class TraceTrainer(WholeCheckpoints):
         divergence_only = config.method.uses_retain and config.retain_loss == "kl"
         coefficient = self._coefficient(inputs, bearing, is_forget, is_retain, totals)
         seen = self._forward.seen(model, inputs, is_retain & divergence_only, reference, coefficient)
-        loss, share = torch.zeros((), device=bearing.device), totals.share(bearing, is_forget, is_retain)
+        loss = torch.zeros((), dtype=torch.float32, device=bearing.device)
+        share = totals.share(bearing, is_forget, is_retain)
         values: dict[str, torch.Tensor] = {}
         if config.method.forget_loss is not None and is_forget.any():
             forget = self._original.forget_batch(seen, inputs, bearing, totals.forget_tokens, totals.forget_documents)
@@ -313,7 +314,7 @@ class TraceTrainer(WholeCheckpoints):
         config = self.trace_config
         if not config.method.is_mean or self._live is not None:
             return None
-        found = torch.zeros(bearing.shape, device=bearing.device)
+        found = torch.zeros(bearing.shape, dtype=torch.float32, device=bearing.device)
         if config.method.forget_loss is not None:
             found -= bearing * is_forget[:, None] * (config.gamma / totals.forget_tokens.clamp(min=1))
         if config.method.uses_retain and config.retain_loss == "nll":

@@ -304,10 +304,11 @@ def _trial(router: Any, rule: _Rule, layer: str) -> list[int]:
             f"fuse_routers: the weights of {layer}'s router are not here; fuse before sharding or offloading"
         )
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_TRIAL_TOKENS, weight.shape[1], generator=generator).to(weight.device, _hidden_dtype(router))
+    hidden = torch.randn(_TRIAL_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32)
+    hidden = hidden.to(weight.device, _hidden_dtype(router))
     given: tuple[torch.Tensor, ...] = ()
     if rule.given_bias:
-        given = (0.1 * torch.randn(weight.shape[0], generator=generator).to(weight.device),)
+        given = (0.1 * torch.randn(weight.shape[0], generator=generator, dtype=torch.float32).to(weight.device),)
         hidden = hidden[None]  # those routers want [B, S, H]
     theirs = type(router).forward(router, hidden.clone(), *given)
     ours = _choose(router, rule, hidden, given)

@@ -14,7 +14,7 @@ def steering_vector(size: int, length: float, seed: int) -> torch.Tensor:
         >>> round(steering_vector(64, length=3.0, seed=0).norm().item(), 4)
         3.0
     """
-    direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    direction = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return direction * (length / float(direction.norm()))
 
 

@@ -28,7 +28,7 @@ def forward_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, V = logits.shape
     logits = unit_stride(logits)
-    logp, lse = torch.empty(T), torch.empty(T)
+    logp, lse = (torch.empty(T, dtype=torch.float32) for _ in range(2))
     native().cross_entropy_forward_cpu(
         logits.data_ptr(), TYPES[logits.dtype], T, V, logits.stride(0), target.data_ptr(), ignore_index,
         softcap or 0.0, logit_scale, logp.data_ptr(), lse.data_ptr(), num_threads(),

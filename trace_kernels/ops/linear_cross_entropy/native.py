@@ -41,7 +41,7 @@ def forward_cpu(
     T, H = hidden.shape
     index = kept_rows(target, row_weight, ignore_index)
     hidden, weight = unit_stride(hidden), unit_stride(weight)
-    logp, lse = torch.zeros(T), torch.zeros(T)
+    logp, lse = (torch.zeros(T, dtype=torch.float32) for _ in range(2))
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
     kept = T if index is None else index.numel()
     if want_dhidden and kept < T:
@@ -51,7 +51,7 @@ def forward_cpu(
     if not kept:
         return logp, lse, dhidden, dweight.zero_(), dbias
     problem = _problem(hidden, weight, bias, _pick(target, index), index, softcap, logit_scale)
-    row_weight = torch.ones(kept) if row_weight is None else _pick(row_weight, index).contiguous()
+    row_weight = lse.new_ones(kept) if row_weight is None else _pick(row_weight, index).contiguous()
     native().linear_cross_entropy_forward_cpu(
         *problem.arguments, logp.data_ptr(), lse.data_ptr(), dhidden.data_ptr() if want_dhidden else 0,
         row_weight.data_ptr(), dweight.data_ptr() if want_dweight else 0, _bias_address(bias, dbias), num_threads(),

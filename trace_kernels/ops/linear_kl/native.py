@@ -41,8 +41,8 @@ def forward_cpu(
     index = _kept_rows(row_weight)
     kept = T if index is None else index.numel()
     matrices = [unit_stride(matrix) for matrix in (hidden, weight, ref_hidden, ref_weight)]
-    kl, lse, ref_lse = torch.zeros(T), torch.zeros(T), torch.zeros(T)
-    lse_low, ref_lse_low = torch.empty(kept), torch.empty(kept)
+    kl, lse, ref_lse = (torch.zeros(T, dtype=torch.float32) for _ in range(3))
+    lse_low, ref_lse_low = (torch.empty(kept, dtype=torch.float32) for _ in range(2))
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
     if want_dhidden and kept < T:
         dhidden.zero_()
@@ -54,7 +54,7 @@ def forward_cpu(
         )  # fmt: skip
     if not want_dweight:
         return kl, lse, ref_lse, dhidden, weight.new_empty(0, H)
-    row_weight = torch.ones(T) if row_weight is None else row_weight
+    row_weight = lse.new_ones(T) if row_weight is None else row_weight
     sums = (_pick(lse, index), _pick(ref_lse, index), lse_low, ref_lse_low)
     dweight = _backward_weight(matrices, index, sums, _pick(row_weight, index), softcap, logit_scale)
     return kl, lse, ref_lse, dhidden, dweight

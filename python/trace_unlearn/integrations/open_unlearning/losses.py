@@ -103,7 +103,7 @@ class _Retain(FusedTrainer):
         mask = bearing(retain["labels"])
         if not self._weights:
             return mask.float(), mask
-        weight = torch.zeros(mask.shape)
+        weight = torch.zeros(mask.shape, dtype=torch.float32)
         for row, (ids, labels) in enumerate(rows_of(retain)):
             # Where a document begins depends on the side of the padding; what it labels does not.
             weight[row, mask[row].cpu()] = look_up(self._weights, document_key(ids, labels), "retain")
@@ -124,7 +124,7 @@ class _Retain(FusedTrainer):
         if self.accelerator.is_main_process:
             print(self.calibration.summary())
         for row in attach_weights(retain, self.calibration):
-            labels, weight = torch.tensor(row["labels"]), torch.tensor(row["token_weight"])
+            labels, weight = torch.tensor(row["labels"]), torch.tensor(row["token_weight"], dtype=torch.float32)
             key = document_key(torch.tensor(row["input_ids"]), labels)
             self._weights[key] = weight[:-1][labels[1:] != IGNORE_INDEX]
 
