@@ -60,6 +60,8 @@ def check_linear(
     validate.check_dtype(weight_name, weight, validate.FLOAT_DTYPES)
     if hidden.dim() < 1:
         raise ValueError(f"{hidden_name}: got a 0-d tensor, allowed is [..., H]")
+    if hidden.shape[-1] < 1:
+        raise ValueError(f"{hidden_name}: got shape {list(hidden.shape)}, allowed is [..., H] with H of at least 1")
     validate.check_ndim(weight_name, weight, 2, "[V, H]")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

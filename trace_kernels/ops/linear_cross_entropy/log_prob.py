@@ -60,7 +60,7 @@ def linear_log_prob(
     logits once more.
 
     Args:
-        hidden: [..., H] floating, any leading shape.
+        hidden: [..., H] floating, any leading shape, H at least 1.
         weight: [V, H], the dtype of `hidden`.
         target: [...] int64, in [0, V) or `ignore_index`.
         bias: [V] floating.

@@ -41,7 +41,7 @@ def linear_cross_entropy(
     reduction="none" or a `token_weight` that needs a gradient.
 
     Args:
-        hidden: [..., H] floating, any leading shape.
+        hidden: [..., H] floating, any leading shape, H at least 1.
         weight: [V, H], the dtype of `hidden`.
         target: [...] int64, in [0, V) or `ignore_index`.
         token_weight: [...] floating, of any sign; ones by default. Differentiable: d loss / d w_t is nll_t for "sum"

@@ -61,7 +61,7 @@ def linear_kl(
     outside the mask or of weight 0 cost nothing, and what their rows hold does not matter.
 
     Args:
-        hidden: [..., H] floating, any leading shape.
+        hidden: [..., H] floating, any leading shape, H at least 1.
         weight: [V, H], the dtype of `hidden`.
         ref_hidden: [..., R], the same leading shape; the width R may differ.
         ref_weight: [V, R], the dtype of `ref_hidden`, which may differ from that of `hidden`.
