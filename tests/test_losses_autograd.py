@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import trace_kernels as tk
+from trace_kernels.ops.linear_cross_entropy.op import log_prob_sum
 
 
 @LOSSES
@@ -109,6 +110,45 @@ def test_known_weights_need_no_recomputation(loss):
     with Seen() as seen:
         loss(hidden, weight, target, token_weight, reduction="none").sum().backward()
     assert sum("backward_weight" in name for name in seen.names) == 1
+
+
+@pytest.mark.parametrize("name, size", [("linear_ce", -20), ("log_prob_sum", -20), ("kl", -14), ("kl", -1)])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_float16_head_keeps_its_digits_under_a_loss_scale(name, size, backend):
+    # A gradient stored before the scale is known would lose what the scale is there for.
+    rows, width, classes, scale = 150, 8, 70, 65536.0
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=g).half()
+    ref_hidden = (hidden.float() + 0.02 * torch.randn(rows, width, generator=g)).half()
+    head = (0.05 * torch.randn(classes, width, generator=g)).half()
+    target = torch.randint(classes, (rows,), generator=g)
+    weights = torch.full((rows,), 2.0**size)
+
+    def ours(weight):
+        if name == "linear_ce":
+            return tk.linear_cross_entropy(hidden, weight, target, weights, reduction="sum", backend=backend)
+        if name == "log_prob_sum":
+            return -log_prob_sum(hidden, weight, target, weights, backend=backend)[0]
+        return tk.linear_kl(hidden, weight, ref_hidden, head, weights, reduction="sum", backend=backend)
+
+    def plain(weight):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        log_p = (hidden.to(weight.dtype) @ weight.T).to(wide).log_softmax(-1)
+        if name != "kl":
+            return -log_p.gather(1, target[:, None]).sum() * 2.0**size
+        log_q = (ref_hidden.to(weight.dtype) @ head.to(weight.dtype).T).to(wide).log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum() * 2.0**size
+
+    def gradient(loss, weight):
+        weight = weight.clone().requires_grad_()
+        return torch.autograd.grad(loss(weight) * scale, weight)[0].double()
+
+    try:
+        got = gradient(ours, head)
+    except tk.BackendError as error:
+        pytest.skip(str(error))
+    truth, eager = gradient(plain, head.double()), gradient(plain, head)
+    assert (got - truth).norm() <= max((eager - truth).norm(), 2e-3 * truth.norm())
 
 
 def test_tied_embeddings():

@@ -209,12 +209,26 @@ class WeightGradient:
         product(dz.T, rows, self.total, count, accumulate=count is not None or not self.empty)
         self.empty = False
 
-    def result(self) -> torch.Tensor:
-        """In the weight's dtype."""
+    def result(self, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Times `scale`, in the weight's dtype."""
         if self.empty:
             self.total.zero_()
         total: torch.Tensor = self.total
+        if scale is not None:
+            total.mul_(scale)
         return total.to(self.dtype)
+
+
+def split_scale(factor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Factors [T] of rows of `dtype`, and what to multiply the sum of their products with; None is 1.
+
+    A loss scale, or one over the number of tokens, would take float16 rows out of their range.
+    """
+    if dtype != torch.float16 or not len(factor):
+        return factor, None
+    largest = factor.abs().amax()
+    largest = torch.where(largest == 0, 1, largest)
+    return factor / largest, largest
 
 
 class KeptFirst:

@@ -189,6 +189,14 @@ def _divide(value: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(zero, 0, value / torch.where(zero, 1, denominator))
 
 
+def stash_keeps_digits(weight: torch.Tensor) -> bool:
+    """Whether a head's gradient may be stored before the gradient from above is known.
+
+    In float16 a mean's would be below the smallest numbers, from which a loss scale of later does not bring it back.
+    """
+    return weight.dtype != torch.float16 or not (weight.requires_grad and torch.is_grad_enabled())
+
+
 def lend_stash(total: torch.Tensor) -> None:
     """Lets the backward of an op that returned `total` overwrite the head's gradient that it stored.
 

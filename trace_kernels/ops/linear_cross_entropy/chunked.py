@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import Chunks, KeptFirst, ScaledRows, WeightGradient, counting, dense, product, products_of
+from trace_kernels.chunks import (
+    Chunks,
+    KeptFirst,
+    ScaledRows,
+    WeightGradient,
+    counting,
+    dense,
+    product,
+    products_of,
+    split_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,7 @@ def backward_weight(
     T, V = hidden.shape[0], weight.shape[0]
     options = Options(ignore_index, softcap, logit_scale)
     weight = dense(weight)
+    row_grad, scale = split_scale(row_grad, hidden.dtype)
     order = None
     if counting(hidden, weight):
         order = KeptFirst((target != ignore_index) & (row_grad != 0))
@@ -178,7 +189,7 @@ def backward_weight(
         dweight.add(dz, hidden[chunk], factor[chunk], count)
         if bias is not None:
             kernels.column_sums(dz, factor[chunk], dbias)
-    return dweight.result(), dbias
+    return dweight.result(scale), dbias if scale is None else dbias.mul_(scale)
 
 
 def _of(rows: Rows, chunk: slice) -> Rows:

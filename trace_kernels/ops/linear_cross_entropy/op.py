@@ -38,7 +38,7 @@ def linear_cross_entropy(
     Logits and losses are float32 whatever the inputs (float64 for float64 inputs). Tokens that are ignored or weigh
     0 cost nothing, and what their rows hold does not matter. With a frozen `weight` the gradient takes two passes over
     the head in all, with a trainable one three (on a CPU four for the rows beyond the H-th), or four with
-    reduction="none" or a `token_weight` that needs a gradient.
+    reduction="none", a `token_weight` that needs a gradient or float16.
 
     Args:
         hidden: [..., H] floating, any leading shape, H at least 1.
@@ -91,7 +91,7 @@ def linear_cross_entropy(
     softcap = None if softcap is None else float(softcap)
     rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
     weighting = losses.Weighting(token_weight, flat_target != ignore_index, reduction, normalizer, dtype)
-    if weighting.known and reduction != "none" and group_name is None:
+    if weighting.known and reduction != "none" and group_name is None and losses.stash_keeps_digits(weight):
         coefficients = weighting.coefficients()
         return -_sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)[0]
     if backend != "auto" and not torch.compiler.is_compiling():
@@ -133,7 +133,14 @@ def log_prob_sum(
     rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
     counted, dtype = flat_target != ignore_index, losses.compute_dtype(hidden.dtype)
     coefficients = losses.Weighting(coefficient.detach(), counted, "sum", None, dtype).coefficients()
-    total, logp = _sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)
+    if losses.stash_keeps_digits(weight):
+        total, logp = _sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)
+    else:
+        assert coefficients is not None
+        logp = per_token(
+            rows, weight, bias, flat_target, coefficients, ignore_index, softcap, float(logit_scale), None, backend
+        )
+        total, logp = (logp * coefficients).sum(), logp.detach()
     return total, logp.view(target.shape)
 
 

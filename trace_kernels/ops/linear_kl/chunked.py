@@ -19,7 +19,17 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import CHUNK_BYTES, Chunks, KeptFirst, ScaledRows, WeightGradient, counting, dense, product
+from trace_kernels.chunks import (
+    CHUNK_BYTES,
+    Chunks,
+    KeptFirst,
+    ScaledRows,
+    WeightGradient,
+    counting,
+    dense,
+    product,
+    split_scale,
+)
 
 #: A row needs four times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
 BUDGET = 2 * CHUNK_BYTES
@@ -198,6 +208,7 @@ def backward_weight(
 ) -> torch.Tensor:
     """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
     options = Options(softcap, logit_scale)
+    row_grad, scale = split_scale(row_grad, hidden.dtype)
     sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
     lse, ref_lse = sides.others
     factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
@@ -211,4 +222,4 @@ def backward_weight(
             logits = sides.logits(chunks, rows, block, count)
             kernels.gradient(logits, dz, block.start, weights, lse[rows], ref_lse[rows], factor[rows], options, True)
         dweight.add(dz, sides.hidden[rows], factor[rows], count)
-    return dweight.result()
+    return dweight.result(scale)

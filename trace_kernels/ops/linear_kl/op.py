@@ -130,7 +130,7 @@ def linear_kl(
     counted = hidden.new_ones(num_rows, dtype=torch.bool) if mask is None else mask.reshape(-1)
     in_mask = None if mask is None else counted.to(dtype)
     weighting = losses.Weighting(token_weight, counted, reduction, normalizer, dtype)
-    if weighting.known and reduction != "none" and group_name is None:
+    if weighting.known and reduction != "none" and group_name is None and losses.stash_keeps_digits(weight):
         coefficients = weighting.coefficients()
         coefficients = in_mask if coefficients is None else coefficients
         wanted = (needs_gradient(rows), needs_gradient(weight))
