@@ -151,6 +151,21 @@ def test_float16_head_keeps_its_digits_under_a_loss_scale(name, size, backend):
     assert (got - truth).norm() <= max((eager - truth).norm(), 2e-3 * truth.norm())
 
 
+@pytest.mark.parametrize("loss", [linear_ce, kl])
+@REDUCTIONS
+def test_batched_gradients(loss, reduction):
+    leaves = inputs(torch.float32)
+    result, upstream = loss(*leaves[:3], reduction=reduction).sum(), torch.tensor([1.0, -0.5, 0.0])
+    one_by_one = [torch.autograd.grad(result, leaves[:2], number, retain_graph=True) for number in upstream]
+    batched = torch.autograd.grad(result, leaves[:2], upstream, is_grads_batched=True)
+    for got, *expected in zip(batched, *one_by_one, strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda h, w: loss(h, w, leaves[2], reduction=reduction).sum(), leaves[:2], vectorize=True
+    )
+    torch.testing.assert_close(jacobian, one_by_one[0])
+
+
 def test_tied_embeddings():
     """The head's gradient and the embedding's add up."""
     _, weight, target, token_weight = inputs()

@@ -217,6 +217,9 @@ def scale_weight_stash(ctx: Any, stash: torch.Tensor, scale: torch.Tensor, loss:
         or type(stash) is not torch.Tensor
         or stash.device.type != "cpu"
         or torch._C._autograd._get_current_graph_task_keep_graph()
+        # Several gradients at once (is_grads_batched=True, vmap) are no single number.
+        or torch._C._functorch.is_legacy_batchedtensor(scale)
+        or torch._C._functorch.is_functorch_wrapped_tensor(scale)
     ):
         scaled: torch.Tensor = scale_stash(stash, scale, loss)
         return scaled
