@@ -173,6 +173,20 @@ def test_log_prob_keeps_its_digits(spread, dtype):
     torch.testing.assert_close(tk.linear_cross_entropy(hidden, weight, target, reduction="none"), -logp)
 
 
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_softcaps(softcap, dtype):
+    """A cap far above all logits is none, one far below them makes all classes alike."""
+    hidden, weight, target, _ = inputs(dtype)
+    logits = F.linear(hidden, weight) if softcap > 1 else torch.zeros(T, V, dtype=dtype)
+    expected = F.cross_entropy(logits, target)
+    for result in (linear_ce(hidden, weight, target, softcap=softcap), ce(hidden, weight, target, softcap=softcap)):
+        torch.testing.assert_close(result, expected)
+    divergence = kl(hidden, weight, target, softcap=softcap)
+    expected = kl(hidden, weight, target) if softcap > 1 else torch.zeros_like(divergence)
+    torch.testing.assert_close(divergence, expected)
+
+
 def test_kl_of_equal_models_is_zero_and_never_far_below():
     hidden, weight, target, _ = inputs(torch.bfloat16)
     hidden = hidden.detach().requires_grad_()

@@ -13,6 +13,7 @@ from trace_kernels import triton_backend, validate
 from trace_kernels.native import use_large_pages
 
 REDUCTIONS = ("mean", "sum", "none")
+SOFTCAPS = "None or a number from 1e-30 to 1e30"
 #: What backends take for a target that is a class of probability 0: logp is -inf, its gradients those of -logsumexp.
 #: Where the vocabulary is split, another process has the class (vocabulary.py).
 NO_LABEL = -(2**62)
@@ -44,9 +45,10 @@ def check_number(name: str, value: object, allowed: str) -> None:
 
 def check_logits(softcap: float | None, logit_scale: float) -> None:
     if softcap is not None:
-        check_number("softcap", softcap, "None or a finite number above 0")
-        if not 0 < softcap < math.inf:
-            raise ValueError(f"softcap: got {softcap}, allowed is None or a finite number above 0")
+        check_number("softcap", softcap, SOFTCAPS)
+        # Kernels divide by it in float32, where the reciprocal of a larger or smaller one has no digits left.
+        if not 1e-30 <= softcap <= 1e30:
+            raise ValueError(f"softcap: got {softcap}, allowed is {SOFTCAPS}")
     check_number("logit_scale", logit_scale, "a finite number")
     # Comparisons, because math.isfinite takes no symbolic number of torch.compile.
     if not -math.inf < logit_scale < math.inf:

@@ -56,7 +56,7 @@ def cross_entropy(
         ignore_index: a target that does not count.
         reduction: "mean", "sum" (of w_t * nll_t), or "none" (w_t * nll_t, 0 where ignored).
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
-        softcap: finite, above 0.
+        softcap: from 1e-30 to 1e30.
         logit_scale: finite; 1 / temperature.
         inplace: the gradient overwrites the logits' memory in the backward, which saves [T, V]. The logits must not be
             used after the backward; another backward through them raises. Without effect under torch.compile

@@ -65,7 +65,7 @@ def linear_log_prob(
         target: [...] int64, in [0, V) or `ignore_index`.
         bias: [V] floating.
         ignore_index: a target that is not scored.
-        softcap: finite, above 0.
+        softcap: from 1e-30 to 1e30.
         logit_scale: finite; 1 / temperature.
         group: None, or a ProcessGroup or DeviceMesh over which the vocabulary is split; see linear_cross_entropy.
         backend: "auto", "cuda", "triton", "cpu" or "reference".

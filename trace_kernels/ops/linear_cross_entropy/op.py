@@ -50,7 +50,7 @@ def linear_cross_entropy(
         ignore_index: a target that does not count.
         reduction: "mean", "sum" (of w_t * nll_t), or "none" (w_t * nll_t, 0 where ignored).
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
-        softcap: finite, above 0.
+        softcap: from 1e-30 to 1e30.
         logit_scale: finite; 1 / temperature.
         group: None, or a torch.distributed ProcessGroup or DeviceMesh over which the vocabulary is split: see below.
         backend: "auto", "cuda", "triton", "cpu" or "reference".

@@ -70,7 +70,7 @@ def linear_kl(
         mask: [...] bool, the tokens that count; all by default.
         reduction: "mean", "sum" (of w_t * kl_t), or "none" (w_t * kl_t, 0 outside the mask).
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
-        softcap: finite, above 0.
+        softcap: from 1e-30 to 1e30.
         logit_scale: finite; 1 / temperature.
         group: None, or a ProcessGroup or DeviceMesh over which the vocabulary is split; see linear_cross_entropy. Both
             weights are split at the same classes.
