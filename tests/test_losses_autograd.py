@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_losses import LOSSES, REDUCTIONS, H, T, V, inputs, kl, linear_ce
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -164,6 +165,32 @@ def test_batched_gradients(loss, reduction):
         lambda h, w: loss(h, w, leaves[2], reduction=reduction).sum(), leaves[:2], vectorize=True
     )
     torch.testing.assert_close(jacobian, one_by_one[0])
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_log_prob", "linear_kl", "cross_entropy"])
+def test_forward_mode_is_refused(name):
+    hidden, weight, target, token_weight = (leaf.detach() for leaf in inputs())
+
+    def loss(hidden, weights=None):
+        if name == "cross_entropy":
+            return tk.cross_entropy(hidden, target % H, weights)
+        others = (target, weights) if name == "linear_cross_entropy" else (target,)
+        return getattr(tk, name)(hidden, weight, *((hidden, weight, weights) if name == "linear_kl" else others)).sum()
+
+    one = torch.ones_like(hidden)
+    with pytest.raises(NotImplementedError, match=r"(hidden|logits): got a tangent"):
+        torch.func.jvp(loss, (hidden,), (one,))
+    with pytest.raises(NotImplementedError, match=r"(hidden|logits): got a tangent"):
+        torch.func.jacfwd(torch.func.grad(loss))(hidden)
+    with pytest.raises(NotImplementedError, match=r"(hidden|logits): got a tangent"), forward_ad.dual_level():
+        loss(forward_ad.make_dual(hidden, one))
+    if name != "linear_log_prob":
+        with pytest.raises(NotImplementedError, match="token_weight: got a tangent"):
+            torch.func.jvp(lambda weights: loss(hidden, weights), (token_weight,), (token_weight,))
+    # What does not depend on the input is a constant there too.
+    value, tangent = torch.func.jvp(lambda x: x.sum() + loss(hidden), (hidden,), (one,))
+    torch.testing.assert_close(value, hidden.sum() + loss(hidden))
+    assert tangent == one.sum()
 
 
 def test_tied_embeddings():

@@ -115,6 +115,8 @@ def check_inputs(
         validate.check_shape("bias", bias, (weight.shape[0],), "[V]")
         validate.check_device("bias", bias, hidden.device, "hidden")
     losses.check_logits(softcap, logit_scale)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        losses.check_no_tangent(name, tensor)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
