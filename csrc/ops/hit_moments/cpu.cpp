@@ -32,11 +32,15 @@ inline uint64_t word_at(const uint8_t* row, int64_t at, int64_t bytes) {
   return word;
 }
 
-// Calls visit(m) for every set bit of a row, in order.
+// Calls visit(m) for every set bit of a row, in order; what is set beyond the row's bits is no bit of it.
 template <typename F>
-inline void for_bits(const uint8_t* row, int64_t bytes, F&& visit) {
+inline void for_bits(const uint8_t* row, int64_t num_bits, F&& visit) {
+  const int64_t bytes = (num_bits + 7) / 8;
   for (int64_t at = 0; at < bytes; at += 8) {
-    for (uint64_t word = word_at(row, at, bytes); word != 0;) {
+    const int64_t left = num_bits - 8 * at;
+    uint64_t word = word_at(row, at, bytes);
+    if (left < 64) word &= ~(~uint64_t{0} >> left);
+    while (word != 0) {
       const int lead = __builtin_clzll(word);
       visit(8 * at + lead);
       word &= ~(uint64_t{1} << (63 - lead));
@@ -47,13 +51,13 @@ inline void for_bits(const uint8_t* row, int64_t bytes, F&& visit) {
 void hit_scores_cpu(uintptr_t hits_at, int64_t rows, int64_t bytes, uintptr_t values_at, uintptr_t out_at,
                     int num_threads) {
   const auto* hits = reinterpret_cast<const uint8_t*>(hits_at);
-  const auto* values = reinterpret_cast<const double*>(values_at);  // [8 * bytes]
+  const auto* values = reinterpret_cast<const double*>(values_at);  // [8 * bytes], 0 for spare bits
   auto* out = reinterpret_cast<double*>(out_at);
   parallel(useful_threads(rows, num_threads), [&](int thread, int of) {
     const Range range = split(rows, thread, of);
     for (int64_t n = range.begin; n < range.end; ++n) {
       double sum = 0;
-      for_bits(hits + n * bytes, bytes, [&](int64_t m) { sum += values[m]; });
+      for_bits(hits + n * bytes, 8 * bytes, [&](int64_t m) { sum += values[m]; });
       out[n] = sum;
     }
   });
@@ -85,7 +89,7 @@ void hit_moments_cpu(uintptr_t hits_at, int64_t rows, int64_t bytes, uintptr_t w
       const Range range = split(rows, thread, of);
       for (int64_t n = range.begin; n < range.end; ++n) {
         const double weight = weights[n];
-        for_bits(hits + n * bytes, bytes, [&](int64_t m) { sums[m] += weight; });
+        for_bits(hits + n * bytes, num_bits, [&](int64_t m) { sums[m] += weight; });
       }
     });
   }
@@ -98,7 +102,7 @@ void hit_moments_cpu(uintptr_t hits_at, int64_t rows, int64_t bytes, uintptr_t w
       const double weight = weights[n];
       if (weight == 0) continue;
       int64_t count = 0;
-      for_bits(hits + n * bytes, bytes, [&](int64_t m) { set[count++] = m; });
+      for_bits(hits + n * bytes, num_bits, [&](int64_t m) { set[count++] = m; });
       for (int64_t i = 0; i < count; ++i) {  // the upper triangle
         double* row = sums + set[i] * num_bits;
         for (int64_t j = i; j < count; ++j) row[set[j]] += weight;

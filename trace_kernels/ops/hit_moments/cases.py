@@ -16,6 +16,12 @@ def random_hits(case: Case, generator: torch.Generator) -> torch.Tensor:
     return pack(bits)
 
 
+def spare_bits_set(case: Case, generator: torch.Generator) -> torch.Tensor:
+    hits, spare = random_hits(case, generator), -case.sizes["M"] % 8
+    hits[:, -1] |= 2**spare - 1
+    return hits
+
+
 def pack(bits: torch.Tensor) -> torch.Tensor:
     """Packs [n, 8 B] zeros and ones as numpy.packbits does."""
     powers = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8)
@@ -44,6 +50,11 @@ def _strided(case: Case, generator: torch.Generator) -> Call:
     return Call((wide.copy_(hits), two.copy_(weights), *rest))
 
 
+def _spare(case: Case, generator: torch.Generator) -> Call:
+    weights = torch.randn(case.sizes["n"], generator=generator, dtype=torch.float64)
+    return Call((spare_bits_set(case, generator), weights, case.sizes["M"], case.sizes["order"]))
+
+
 def _eager(hits: torch.Tensor, weights: torch.Tensor, num_bits: int, order: int = 1) -> torch.Tensor:
     bits = unpack(hits, num_bits)
     return weights @ bits if order == 1 else (bits * weights[:, None]).T @ bits
@@ -69,6 +80,11 @@ OP = OpCases(
             }.items()
         ),
         Case("strided", {"n": 100, "M": 70}, _strided),
+        *(
+            Case(f"spare_bits_{M}_{order}", {"n": 20_000, "M": M, "order": order}, _spare)
+            for M in (3, 77)
+            for order in (1, 2)
+        ),
         *(Case(f"bench_{order}", {"n": 500_000, "M": 192}, _build(order), benchmark=True) for order in (1, 2)),
     ),
     traffic=_traffic,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 
 from trace_kernels.cases import Call, Case, OpCases, Traffic
-from trace_kernels.ops.hit_moments.cases import random_hits, unpack
+from trace_kernels.ops.hit_moments.cases import random_hits, spare_bits_set, unpack
 from trace_kernels.ops.hit_moments.op import hit_scores
 
 
 def _build(case: Case, generator: torch.Generator) -> Call:
     values = torch.randn(case.sizes["M"], generator=generator, dtype=torch.float64)
     return Call((random_hits(case, generator), values))
+
+
+def _spare(case: Case, generator: torch.Generator) -> Call:
+    return Call((spare_bits_set(case, generator), *_build(case, generator).args[1:]))
 
 
 def _eager(hits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -28,6 +32,7 @@ OP = OpCases(
     cases=(
         Case("full", {"n": 9001, "M": 192}, _build),
         Case("tail", {"n": 333, "M": 77}, _build),
+        Case("spare_bits", {"n": 333, "M": 77}, _spare),
         Case("no_rows", {"n": 0, "M": 9}, _build),
         Case("no_bits", {"n": 5, "M": 0}, _build),
         Case("bench", {"n": 500_000, "M": 192}, _build, benchmark=True),

@@ -1,6 +1,6 @@
 """`hit_scores`, `hit_moments` and `hit_order`: sums over rows of packed hit bits, and their order.
 
-Unused bits of the last byte must be 0, as `route_hits` and numpy.packbits leave them.
+The sums ignore spare bits of the last byte; the order is by whole bytes.
 """
 
 from __future__ import annotations
