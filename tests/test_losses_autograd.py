@@ -215,6 +215,22 @@ def test_gradient_checkpointing(loss, reentrant):
     torch.testing.assert_close((hidden.grad, weight.grad), plain, rtol=0, atol=0)
 
 
+def test_in_place_gradient_where_rows_share_memory():
+    target = torch.randint(V, (T,))
+    for view in (
+        lambda x: x[: T + V - 1].unfold(0, V, 1),
+        lambda x: x[: 3 * T + V - 3].unfold(0, V, 3),
+        lambda x: x[:V].expand(T, V),
+        lambda x: x[:T].view(T, 1).expand(T, V),
+    ):
+        base = torch.randn(4 * T * V, requires_grad=True)
+        gradients = []
+        for inplace in (False, True):
+            loss = tk.cross_entropy(view(base * 1), target, inplace=inplace)
+            gradients.append(torch.autograd.grad(loss, base)[0])
+        torch.testing.assert_close(*gradients)
+
+
 def test_in_place_gradient_overwrites_the_logits():
     for shape in ((T, V), (3, T, V)):
         logits = torch.randn(shape, requires_grad=True)

@@ -48,8 +48,7 @@ def backward_cpu(
 ) -> torch.Tensor:
     T, V = logits.shape
     source = unit_stride(logits)
-    # Rows of an expanded tensor share memory: they cannot be written one by one.
-    own = inplace and source is logits and (T == 1 or logits.stride(0) >= V)
+    own = inplace and source is logits
     out = logits if own else torch.empty(T, V, dtype=logits.dtype)
     native().cross_entropy_backward_cpu(
         source.data_ptr(), TYPES[logits.dtype], T, V, source.stride(0), target.data_ptr(), ignore_index,

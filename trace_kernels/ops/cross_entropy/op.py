@@ -60,7 +60,7 @@ def cross_entropy(
         logit_scale: finite; 1 / temperature.
         inplace: the gradient overwrites the logits' memory in the backward, which saves [T, V]. The logits must not be
             used after the backward; another backward through them raises. Without effect under torch.compile
-            (it plans memory itself) and with create_graph=True.
+            (it plans memory itself), with create_graph=True, and where elements of the logits share memory.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -150,7 +150,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
     logits, target, lse = ctx.saved_tensors
     args = (target, lse, *ctx.options, ctx.backend)
     # Under create_graph the gradient must hang on the graph, so that differentiating it again raises.
-    if ctx.overwrite and not torch.is_grad_enabled():
+    if ctx.overwrite and not torch.is_grad_enabled() and _has_memory_for_each(logits):
         # Shares memory and version counter with the logits: whoever saved them too is told that they changed.
         memory = logits.detach()
         cross_entropy_backward_(memory, grad.contiguous(), *args)
@@ -159,6 +159,17 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
 
 
 cross_entropy_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _has_memory_for_each(matrix: torch.Tensor) -> bool:
+    """Whether no two elements share memory, as those of expanded and unfolded tensors do."""
+    sizes = sorted((stride, size) for stride, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1)
+    reach = 0  # the furthest element of the dimensions so far
+    for stride, size in sizes:
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 @torch.library.custom_op("trace_kernels::cross_entropy_backward", mutates_args=())
