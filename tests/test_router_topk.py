@@ -195,6 +195,21 @@ def test_gradient_of_peaked_rows_is_about_as_exact_as_eagers(backend, k):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("eps", [1e-30, 1e-40, 8e-46, 6e-46, 1e-50, 5e-324])
+def test_gradient_with_a_tiny_eps(backend, eps):
+    for dtype in (torch.float32, torch.float64)[: 1 + (backend == "reference")]:
+        logits = torch.randn(40, 8, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        upstream = torch.randn(40, 2, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        unused = [torch.full((40, 2), math.nan) for _ in range(100)]  # whoever reads memory that is not set gets these
+        del unused
+        gradients = [
+            torch.autograd.grad(tk.router_topk(logits, 2, eps=e, backend=backend)[0], logits, upstream)[0]
+            for e in (eps, 0.0)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backend", CPU)
 def test_second_order_gradients_raise(backend):
     logits = torch.randn(3, 8, requires_grad=True)
     for renormalize in (True, False):
@@ -212,7 +227,8 @@ def test_gradient_keeps_no_logits_where_they_are_not_needed():
         return tensor
 
     logits = torch.randn(7, 16, requires_grad=True)
-    for options in ({}, {"score_function": "sigmoid"}, {"score_function": "softmax_topk"}):
+    # 1e-50 is 0 in float32, so to the kernels too.
+    for options in ({}, {"score_function": "sigmoid"}, {"score_function": "softmax_topk"}, {"eps": 1e-50}):
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
             tk.router_topk(logits, 2, **options)[0].sum().backward()
     assert (7, 16) not in kept

@@ -131,7 +131,7 @@ void make_choice(const Router& p, const RouterRow& scratch, SelectMany many) {
 struct Way {
   bool by_logits;    // the choice is by the logits themselves
   bool over_chosen;  // the softmax over the chosen only: with eps, or chosen by more than the logits, its full sum
-                     // matters
+                     // matters; and where stats are asked for, though a processor that flushes takes eps for 0
   bool in_place;     // rows of logits are read where they are
 };
 
@@ -209,8 +209,8 @@ void forward(const Router& p, const Range& tokens, const RouterScratch& scratch)
   const int64_t E = p.num_experts, k = p.top_k;
   const bool by_logits = p.bias == nullptr && p.num_groups == 1;
   const Way way = {by_logits,
-                   p.score_function == Score::softmax_topk ||
-                       (p.score_function == Score::softmax && by_logits && p.renormalize && p.eps == 0.0f),
+                   p.score_function == Score::softmax_topk || (p.score_function == Score::softmax && by_logits &&
+                                                               p.renormalize && p.eps == 0.0f && p.stats == nullptr),
                    In == Type::f32 && p.stride_e == 1 && E % 16 == 0};
   const int64_t row_bytes = p.stride_t * size_of(In), used_bytes = p.stride_e == 1 ? E * size_of(In) : 0;
   const bool usual = way.by_logits && way.over_chosen && k <= kLanes;

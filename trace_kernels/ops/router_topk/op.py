@@ -145,9 +145,9 @@ def router_topk(
     if not light_op.bypasses(logits, selection_bias, token_mask, table):
         outputs = _router_topk(logits, *rest[:3], *constants, *rest[3:], backend)
     elif keep:
-        outputs = _RouterTopk.apply(logits, Rule(*constants), rest, backend)  # type: ignore[no-untyped-call]
+        outputs = _RouterTopk.apply(logits, Rule.of(logits.dtype, *constants), rest, backend)  # type: ignore[no-untyped-call]
     else:
-        _, outputs = _run(backend, logits, Rule(*constants), *rest)
+        _, outputs = _run(backend, logits, Rule.of(logits.dtype, *constants), *rest)
     weights, indices, _, _, counted, score = outputs
     # Here and not in the op: an op that writes to its arguments has no autograd.
     if counts is not None:
@@ -200,7 +200,10 @@ def _forward(
     keep: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rule = Rule(k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value)
+    rule = Rule.of(
+        logits.dtype, k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score,
+        masked_group_value,
+    )  # fmt: skip
     return _run(backend, logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep)[1]
 
 
@@ -224,7 +227,10 @@ def _fake(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     T, E = logits.shape
-    rule = Rule(k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value)
+    rule = Rule.of(
+        logits.dtype, k, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score,
+        masked_group_value,
+    )  # fmt: skip
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
         logits.new_empty(T, k, dtype=weights_dtype),
@@ -291,7 +297,8 @@ def _save(ctx: Any, logits: torch.Tensor, rule: Rule, backend: str, outputs: tup
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits, _, _, _, k, score_function, renormalize, scale, eps = inputs[:9]
-    _save(ctx, logits, Rule(k, score_function, renormalize, scale, eps, 1, 1, "max", 0.0), inputs[-1], output)
+    rule = Rule.of(logits.dtype, k, score_function, renormalize, scale, eps, 1, 1, "max", 0.0)
+    _save(ctx, logits, rule, inputs[-1], output)
 
 
 @once_differentiable

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
 GROUP_SCORES = ("max", "sum_top2")
@@ -21,6 +25,15 @@ class Rule:
     topk_groups: int
     group_score: str
     masked_group_value: float
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, k: int, score_function: str, renormalize: bool, scale: float, eps: float, *rest: Any
+    ) -> Rule:
+        """The rule for logits of `dtype`, with eps as its arithmetic sees it: what is 0 to a kernel is 0 here too."""
+        if eps != 0.0 and dtype != torch.float64:
+            eps = ctypes.c_float(eps).value
+        return cls(k, score_function, renormalize, scale, eps, *rest)
 
     @property
     def dense_gradient(self) -> bool:
