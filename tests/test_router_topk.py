@@ -173,25 +173,69 @@ def test_gradient_in_float64(name):
     assert torch.autograd.gradcheck(lambda z: tk.router_topk(z, 4, **options, backend="reference")[0], (logits,))
 
 
-@pytest.mark.parametrize("backend", CPU)
-@pytest.mark.parametrize("k", [6, 8])
-def test_gradient_of_peaked_rows_is_about_as_exact_as_eagers(backend, k):
-    generator = torch.Generator().manual_seed(k)
-    logits = 16 * torch.randn(999, 64, generator=generator)
-    upstream = torch.randn(999, k, generator=generator)
-    indices = tk.router_topk(logits, k, backend="reference")[1]
+def gradient_errors(backend, logits, upstream, function, **options):
+    """Of the op and of plain torch, in float32, against plain torch in float64; [T, E]."""
+    k = upstream.shape[1]
+    indices = tk.router_topk(logits, k, **options, backend="reference")[1]
 
     def gradient(function, dtype):
         leaf = logits.to(dtype).requires_grad_()
         return torch.autograd.grad(function(leaf), leaf, upstream.to(dtype))[0].double()
 
     def eager(leaf):
-        chosen = leaf.softmax(-1).gather(1, indices)
+        chosen = function(leaf).gather(1, indices)
         return chosen / chosen.sum(-1, keepdim=True)
 
     truth = gradient(eager, torch.float64)
-    error = gradient(lambda leaf: tk.router_topk(leaf, k, backend=backend)[0], torch.float32) - truth
-    assert error.norm() < 2 * (gradient(eager, torch.float32) - truth).norm()
+    ours = gradient(lambda leaf: tk.router_topk(leaf, k, **options, backend=backend)[0], torch.float32)
+    return ours - truth, gradient(eager, torch.float32) - truth
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("k", [6, 8, 20])
+def test_gradient_of_peaked_rows_is_about_as_exact_as_eagers(backend, k):
+    generator = torch.Generator().manual_seed(k)
+    logits = 16 * torch.randn(999, 64, generator=generator)
+    upstream = torch.randn(999, k, generator=generator)
+    ours, eager = gradient_errors(backend, logits, upstream, lambda leaf: leaf.softmax(-1))
+    assert ours.norm() < 2 * eager.norm()
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("k", [4, 6, 20])
+@pytest.mark.parametrize("large", [1e2, 1e4])
+def test_gradient_is_as_exact_where_a_bias_puts_a_small_score_first(backend, k, large):
+    generator = torch.Generator().manual_seed(k)
+    logits, upstream = torch.randn(499, 32, generator=generator) / 2, torch.randn(499, k, generator=generator)
+    logits[:, 0] = -math.log(large)
+    upstream[:, 0] *= large
+    options = {"score_function": "sigmoid", "selection_bias": 10.0 * (torch.arange(32) == 0)}
+    errors = gradient_errors(backend, logits, upstream, torch.sigmoid, **options)
+    ours, eager = (error[:, 1:].norm() for error in errors)
+    assert ours < 2 * eager
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("k", [2, 6, 20])
+def test_scores_whose_sum_is_tiny(backend, k):
+    generator = torch.Generator().manual_seed(k)
+    logits, upstream = (torch.randn(50, size, generator=generator) for size in (32, k))
+    # The scale over the sum is beyond float32. The bias keeps the one large score from the choice.
+    tiny = logits / 4
+    tiny[:, 0] = 84.0
+    calls = [
+        (tiny, {"selection_bias": -5.0 * (torch.arange(32) == 0), "scale": 1e6}),
+        (logits - 40, {"score_function": "sigmoid", "scale": 1e25}),
+        (logits - 80, {"score_function": "sqrtsoftplus", "scale": 1e25}),
+    ]
+    for z, options in calls:
+        results = []
+        for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
+            leaf = z.to(dtype).requires_grad_()
+            weights, _ = tk.router_topk(leaf, k, **options, backend=name)
+            gradient = torch.autograd.grad(weights, leaf, upstream.to(dtype))[0]
+            results.append([x.detach().double() / options.get("scale", 1.0) for x in (weights, gradient)])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", CPU)

@@ -41,20 +41,22 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
     const auto upstream = [&](int j) {
       return load_as(p.grad_weights, p.grad_type, t * p.grad_stride_t + j * p.grad_stride_k);
     };
-    const float origin = p.renormalize ? upstream(0) : 0.0f;
-    float shifted = 0.0f, sum = 0.0f;
-    for (int j = lane; j < p.top_k; j += kWarpSize) {
-      const float s = p.chosen[t * p.top_k + j];
-      shifted += (upstream(j) - origin) * s;
-      sum += s;
-    }
-    shifted = warp_sum(shifted);
-    float denominator = 1.0f, mean = 0.0f, along = p.scale * shifted;  // along = sum_j s_j d s_j
+    const auto score = [&](int j) { return p.chosen[t * p.top_k + j]; };
+    const auto sum = [&](auto&& term) {
+      float total = 0.0f;
+      for (int j = lane; j < p.top_k; j += kWarpSize) total += term(j);
+      return warp_sum(total);
+    };
+    const float denominator = p.renormalize ? sum(score) + p.eps : 1.0f;
+    const auto share = [&](int j) { return score(j) / denominator; };
+    float mean = sum([&](int j) { return share(j) * upstream(j); });
+    float correction = 0.0f, along = p.scale * mean;  // along = sum_j s_j d s_j
     if (p.renormalize) {
-      sum = warp_sum(sum);
-      denominator = sum + p.eps;
-      mean = (shifted - origin * p.eps) / denominator;
-      along = p.scale * (shifted + origin * sum) / denominator * (p.eps / denominator);
+      const float of_eps = p.eps / denominator;
+      correction = sum([&](int j) { return share(j) * (upstream(j) - mean); }) - mean * of_eps;
+      along = p.scale * (mean + correction) * of_eps;
+    } else {
+      mean = 0.0f;
     }
     for (int begin = 0; begin < p.num_experts; begin += kTile) {
       const int size = min(kTile, p.num_experts - begin);
@@ -69,18 +71,17 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
       for (int j = lane; j < p.top_k; j += kWarpSize) {
         const int64_t e = p.indices[t * p.top_k + j] - begin;
         if (e < 0 || e >= size) continue;
-        const float s = p.chosen[t * p.top_k + j];
-        const float d_score = p.scale * (upstream(j) - origin - mean) / denominator;
+        const float s = score(j);
+        float d_logit = share(j) * (upstream(j) - mean - correction) * p.scale;  // of the score's logarithm
         if (p.score_function == Score::sigmoid) {
-          tile[e] += d_score * s * (1.0f - s);
+          d_logit *= 1.0f - s;
         } else if (p.score_function == Score::sqrtsoftplus) {
-          // s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s), which tends to 0 with s.
-          tile[e] += s == 0.0f ? 0.0f : d_score * (-expm1f(-s * s) / (2.0f * s));
+          const float square = s * s;  // log(1 + e^z), so d log s / dz = (1 - e^(-s^2)) / (2 s^2)
+          d_logit *= square == 0.0f ? 0.5f : -expm1f(-square) / (2.0f * square);
         } else if (p.score_function == Score::softmax_topk) {
-          tile[e] += s * (d_score - along);
-        } else {
-          tile[e] += s * d_score;
+          d_logit -= s * along;
         }
+        tile[e] += d_logit;
       }
       __syncwarp();
       T* out = gradient + t * p.num_experts + begin;

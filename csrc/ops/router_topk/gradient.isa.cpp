@@ -20,15 +20,15 @@ TK_INLINE float load_one(const void* p, int64_t at) {
   return out;
 }
 
-// d score / d logit from the score; for the softmaxes without the part that runs along all of them.
+// d log score / d logit from the score; for the softmaxes without the part that runs along all of them.
 TK_INLINE vf slope(Score function, vf s) {
-  if (function == Score::sigmoid) return s * (1.0f - s);
-  if (function != Score::sqrtsoftplus) return s;
+  if (function == Score::sigmoid) return 1.0f - s;
+  if (function != Score::sqrtsoftplus) return splat(1.0f);
   // s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s); near 0 by its series.
   const vf x = s * s;
   vf series = splat(1.0f);
   for (int n = 9; n >= 2; --n) series = 1.0f - series * x * (1.0f / static_cast<float>(n));
-  const vf small = 0.5f * s * series, large = (1.0f - exp_vec(-x)) / (2.0f * s);
+  const vf small = 0.5f * series, large = (1.0f - exp_vec(-x)) / (2.0f * x);
   return x < splat(0.35f) ? small : large;
 }
 
@@ -66,27 +66,17 @@ TK_INLINE void clear(char* out, size_t bytes) {
   for (; i < bytes; ++i) out[i] = 0;
 }
 
-// d chosen score j = (upstream j - origin - mean) * factor. V: float, or a vector of rows beside each other.
-// The origin is the best choice's upstream gradient where needs_origin, and else 0.
+// What eps has of a denominator. V: float, or a vector of rows beside each other.
 template <typename V>
-struct Factors {
-  V factor, mean;
-  V along;  // sum_j s_j d s_j without the cancellation
+TK_INLINE V share_of_eps(const RouterGradient& p, V denominator) {
+  return p.eps == 0.0f ? V{} : p.eps / denominator;
+}
 
-  // sum: of a row's scores s; shifted: of s * (upstream - origin).
-  TK_INLINE Factors(const RouterGradient& p, V sum, V shifted, V origin) {
-    const V inverse = 1.0f / (p.renormalize ? sum + p.eps : V{} + 1.0f);
-    factor = p.scale * inverse;
-    mean = p.renormalize ? (shifted - origin * p.eps) * inverse : V{};
-    along = factor * (shifted + origin * sum) * (p.renormalize ? p.eps * inverse : V{} + 1.0f);
-  }
-};
-
-// Where the best score is nearly the sum of all, its upstream gradient less their mean would be what rounding left of
-// both: that error is seen in a T of 32 bits only.
+// Whether the mean of the upstream gradients is corrected by that of what they differ from it. Where one score is
+// nearly the sum of all, its own difference would be what rounding left of both: an error seen in a T of 32 bits only.
 template <Type T>
-TK_INLINE bool needs_origin(const RouterGradient& p) {
-  return T == Type::f32 && p.renormalize;
+TK_INLINE bool corrects_mean() {
+  return T == Type::f32;
 }
 
 template <Type T>
@@ -99,9 +89,6 @@ TK_INLINE void scatter(const int64_t* indices, const char* values, int64_t count
 // Neighbouring lanes of a vector that a row of k takes: rows lie close where k is a power of two, and else have one
 // each.
 TK_INLINE int64_t lanes_of_row(int64_t k) { return (k & (k - 1)) == 0 ? k : kLanes; }
-
-// Every lane gets the first of its row.
-TK_INLINE vf first_of_rows(vf v, int64_t lanes) { return __builtin_shuffle(v, iota() & static_cast<int32_t>(-lanes)); }
 
 // Every lane gets the sum of its row.
 TK_INLINE vf sum_rows(vf v, int64_t lanes) {
@@ -132,16 +119,29 @@ TK_INLINE void gradient_of_vectors(const RouterGradient& p, int64_t t, int64_t c
   const int64_t rows = count * (kLanes / lanes), row_bytes = p.num_experts * size_of(T);
   const bool softmax = p.score_function == Score::softmax_topk || p.logits != nullptr;
   char values[kVectors * kLanes * 4];
-  float along[kVectors * kLanes];
+  float along[kVectors * kLanes];  // sum_j s_j d s_j without the cancellation
   for (int64_t v = 0; v < count; ++v) {
     const int64_t at = (t + v * (kLanes / lanes)) * k;
     const vf s = load_rows<Type::f32>(p.chosen, at, k, lanes, size);
     const vf upstream = load_rows<G>(p.grad_weights, at, k, lanes, size);
-    const vf origin = needs_origin<T>(p) ? first_of_rows(upstream, lanes) : vf{}, shifted = upstream - origin;
-    const Factors<vf> f(p, sum_rows(s, lanes), sum_rows(s * shifted, lanes), origin);
-    const vf back = softmax ? f.along : vf{};
-    store_float<T>(values, v * kLanes, slope(p.score_function, s) * ((shifted - f.mean) * f.factor - back));
-    store(along + v * kLanes, f.along);
+    // Each score over the denominator: one over it overflows where the sum is small.
+    const vf denominator = p.renormalize ? sum_rows(s, lanes) + p.eps : splat(1.0f);
+    const vf share = p.renormalize ? s / denominator : s;
+    vf mean = sum_rows(share * upstream, lanes), difference = upstream, product = mean;
+    if (p.renormalize) {
+      const vf of_eps = share_of_eps(p, denominator);
+      difference -= mean;
+      if (corrects_mean<T>()) {
+        const vf correction = sum_rows(share * difference, lanes) - mean * of_eps;
+        difference -= correction;
+        mean += correction;
+      }
+      product = mean * of_eps;
+    }
+    product *= p.scale;
+    const vf back = softmax ? s * product : vf{};
+    store_float<T>(values, v * kLanes, slope(p.score_function, s) * (share * difference * p.scale - back));
+    store(along + v * kLanes, product);
   }
   if (p.logits == nullptr) {
     clear(out, static_cast<size_t>(rows * row_bytes));
@@ -168,25 +168,37 @@ void gradient_row(const RouterGradient& p, int64_t t, float* upstream_row, char*
   const auto upstream = [&](int64_t j) {
     return contiguous ? load_part<G>(p.grad_weights, t * k + j, chosen_size) : load<vf>(upstream_row + j);
   };
-  const float origin = needs_origin<T>(p) ? upstream(0)[0] : 0.0f;
-  vf sums = {}, products = {};
-  for (int64_t j = 0; j < k; j += kLanes) {
-    const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size), product = (upstream(j) - origin) * s;
-    const auto mine = iota() < static_cast<int32_t>(k - j);  // the rest belongs to the next row
-    sums += mine ? s : vf{};
-    products += mine ? product : vf{};
+  const auto scores = [&](int64_t j) { return load_part<Type::f32>(p.chosen, t * k + j, chosen_size); };
+  const auto sum = [&](auto&& term) {
+    vf total = {};
+    for (int64_t j = 0; j < k; j += kLanes) {
+      const auto mine = iota() < static_cast<int32_t>(k - j);  // the rest belongs to the next row
+      total += mine ? term(j) : vf{};
+    }
+    return sum_lanes(total);
+  };
+  // As gradient_of_vectors, where the numbers have the same names.
+  const float denominator = p.renormalize ? sum(scores) + p.eps : 1.0f;
+  const auto share = [&](int64_t j) { return scores(j) / denominator; };
+  const float mean = sum([&](int64_t j) { return share(j) * upstream(j); });
+  float shift = 0.0f, correction = 0.0f, product = mean;
+  if (p.renormalize) {
+    const float of_eps = share_of_eps(p, denominator);
+    shift = mean;
+    if (corrects_mean<T>())
+      correction = sum([&](int64_t j) { return share(j) * (upstream(j) - mean); }) - mean * of_eps;
+    product = (mean + correction) * of_eps;
   }
-  const Factors<float> f(p, sum_lanes(sums), sum_lanes(products), origin);
+  product *= p.scale;
   if (p.logits != nullptr) {
-    dense_row<T>(p, t, p.stats[t * 2], f.along / p.stats[t * 2 + 1], out);
+    dense_row<T>(p, t, p.stats[t * 2], product / p.stats[t * 2 + 1], out);
   } else {
     clear(out, static_cast<size_t>(p.num_experts) * size_of(T));
   }
-  const float back = softmax ? f.along : 0.0f;
   for (int64_t j = 0; j < k; j += kLanes) {
-    const vf s = load_part<Type::f32>(p.chosen, t * k + j, chosen_size);
+    const vf s = scores(j), difference = upstream(j) - shift - correction, back = softmax ? s * product : vf{};
     char values[kLanes * 4];
-    store_float<T>(values, 0, slope(p.score_function, s) * ((upstream(j) - origin - f.mean) * f.factor - back));
+    store_float<T>(values, 0, slope(p.score_function, s) * (share(j) * difference * p.scale - back));
     scatter<T>(p.indices + t * k + j, values, k - j < kLanes ? k - j : kLanes, out);
   }
 }

@@ -141,15 +141,15 @@ TK_INLINE void weigh(const Router& p, const Way& way, const RouterRow& row, cons
                      int64_t t, int64_t limit) {
   const int64_t k = p.top_k;
   const auto mine = [k](int64_t j) { return iota() < static_cast<int32_t>(k - j); };
-  const auto write = [&](int64_t j, vf value, vf factor) {
-    store_part<Out>(p.weights, t * k + j, value * factor, k - j, limit);
+  const auto write = [&](int64_t j, vf value, vf weight) {
+    store_part<Out>(p.weights, t * k + j, weight, k - j, limit);
     if (p.chosen != nullptr) store_part<Type::f32>(p.chosen, t * k + j, value, k - j, limit);
   };
   if constexpr (usual) {
     const vf picked = from_ordered(load<vi>(row.candidates));
     const vf e = exp_vec(picked - picked[0]);
     const vf value = e * (1.0f / sum_lanes(mine(0) ? e : vf{}));
-    return write(0, value, splat(p.renormalize ? p.scale / (1.0f + p.eps) : p.scale));
+    return write(0, value, value * (p.renormalize ? p.scale / (1.0f + p.eps) : p.scale));
   }
   float *picked = row.choice, *chosen = row.scores;  // [k]: those of all experts are not needed any more
   float top = -kInfinity;
@@ -166,8 +166,12 @@ TK_INLINE void weigh(const Router& p, const Way& way, const RouterRow& row, cons
   for (int64_t j = 0; j < k; j += kLanes) sums += mine(j) ? load<vf>(chosen + j) : vf{};
   const float sum = way.over_chosen ? 1.0f : sum_lanes(sums);
   const vf inverse = splat(way.over_chosen ? 1.0f / sum_lanes(sums) : 1.0f);
-  const vf factor = splat(p.renormalize ? p.scale / (sum + p.eps) : p.scale);
-  for (int64_t j = 0; j < k; j += kLanes) write(j, load<vf>(chosen + j) * inverse, factor);
+  // Each score over their sum: scale over it overflows where the sum is small.
+  const vf denominator = splat(p.renormalize ? sum + p.eps : 1.0f);
+  for (int64_t j = 0; j < k; j += kLanes) {
+    const vf value = load<vf>(chosen + j) * inverse;
+    write(j, value, value / denominator * p.scale);
+  }
   if (p.stats != nullptr) {
     p.stats[t * 2] = stats[0];
     p.stats[t * 2 + 1] = stats[1];

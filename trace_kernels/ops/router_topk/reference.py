@@ -90,33 +90,32 @@ def backward(
 ) -> torch.Tensor:
     """The gradient of the logits, [T, E] in `dtype`; `logits` are needed where `rule.dense_gradient`.
 
-    With s the chosen scores, D = sum s + eps and g the upstream gradient:
-    d s_j = scale (g_j - sum_i g_i s_i / D) / D renormalised, else scale g_j.
+    With s the chosen scores, D = sum s + eps, p = s / D and g the upstream gradient:
+    s_j d s_j = scale p_j (g_j - sum_i p_i g_i) renormalised, else scale s_j g_j.
     """
     g = grad_weights.to(chosen.dtype)
     if rule.renormalize:
-        # From the best choice's gradient on: where its score is nearly the sum of all, its gradient less their mean
-        # would be what rounding left of both.
-        origin = g[:, :1]
-        shifted = ((g - origin) * chosen).sum(dim=1, keepdim=True)
-        total = chosen.sum(dim=1, keepdim=True)
-        denominator = total + rule.eps
-        d_scores = rule.scale * (g - origin - (shifted - origin * rule.eps) / denominator) / denominator
-        # sum_j s_j d s_j without the cancellation
-        along = rule.scale * (shifted + origin * total) / denominator * (rule.eps / denominator)
+        denominator = chosen.sum(dim=1, keepdim=True) + rule.eps
+        # No number over a tensor, which torch takes for a product with one over it: that overflows for a small sum.
+        share, of_eps = chosen / denominator, torch.full_like(denominator, rule.eps) / denominator
+        mean = (share * g).sum(dim=1, keepdim=True)
+        difference = g - mean
+        # Where one score is nearly the sum of all, its difference is what rounding left of its gradient and the mean.
+        # The mean of what is left, which would be of_eps of the first, says how far off that was.
+        correction = (share * difference).sum(dim=1, keepdim=True) - mean * of_eps
+        d_chosen = rule.scale * share * (difference - correction)
+        along = rule.scale * (mean + correction) * of_eps  # sum_j s_j d s_j without the cancellation
     else:
-        d_scores = rule.scale * g
-        along = rule.scale * (g * chosen).sum(dim=1, keepdim=True)
+        d_chosen = rule.scale * chosen * g
+        along = d_chosen.sum(dim=1, keepdim=True)
+    # Up to here d / d log s.
     if rule.score_function == "sigmoid":
-        d_chosen = d_scores * chosen * (1 - chosen)
+        d_chosen *= 1 - chosen
     elif rule.score_function == "sqrtsoftplus":
-        # s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s), which tends to 0 with s
-        slope = -torch.expm1(-chosen * chosen) / (2 * chosen)
-        d_chosen = d_scores * torch.where(chosen == 0, 0, slope)
+        square = chosen * chosen  # log(1 + e^z), so d log s / dz = (1 - e^(-s^2)) / (2 s^2)
+        d_chosen *= torch.where(square == 0, 0.5, -torch.expm1(-square) / (2 * square))
     elif rule.score_function == "softmax_topk":
-        d_chosen = chosen * (d_scores - along)
-    else:
-        d_chosen = chosen * d_scores
+        d_chosen -= chosen * along
     if rule.dense_gradient:
         assert logits is not None
         d_logits = -softmax(logits.to(chosen.dtype), stats) * along

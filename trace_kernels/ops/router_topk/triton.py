@@ -176,18 +176,20 @@ def backward_kernel(
     used = row_inside[:, None] & (slots < K)
     s = tl.load(chosen + rows[:, None] * K + slots, mask=used, other=0.0)
     g = tl.load(grad_weights + rows[:, None] * stride_gt + slots * stride_gk, mask=used, other=0.0).to(tl.float32)
-    factor = tl.full([BLOCK_T], 1.0, tl.float32) * scale
-    origin = tl.zeros([BLOCK_T], tl.float32)  # reference.py says why
-    mean = tl.zeros([BLOCK_T], tl.float32)
-    along = scale * tl.sum(g * s, axis=1)  # sum_j s_j d s_j
+    # reference.py says why so
+    denominator = tl.full([BLOCK_T], 1.0, tl.float32)
     if RENORMALIZE:
-        origin = tl.load(grad_weights + rows * stride_gt, mask=row_inside, other=0.0).to(tl.float32)
-        shifted = tl.sum((g - origin[:, None]) * s, axis=1)
-        total = tl.sum(s, axis=1)
-        denominator = tl.where(row_inside, total + eps, 1.0)
-        factor = scale / denominator
-        mean = (shifted - origin * eps) / denominator
-        along = factor * (shifted + origin * total) * (eps / denominator)
+        denominator = tl.where(row_inside, tl.sum(s, axis=1) + eps, 1.0)
+        s = s / denominator[:, None]
+    mean = tl.sum(s * g, axis=1)
+    correction = tl.zeros([BLOCK_T], tl.float32)
+    along = scale * mean  # sum_j s_j d s_j
+    if RENORMALIZE:
+        of_eps = eps / denominator
+        correction = tl.sum(s * (g - mean[:, None]), axis=1) - mean * of_eps
+        along = scale * (mean + correction) * of_eps
+    else:
+        mean = tl.zeros([BLOCK_T], tl.float32)
     experts = tl.arange(0, BLOCK_E)[None, :]
     inside = row_inside[:, None] & (experts < E)
     result = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
@@ -200,19 +202,16 @@ def backward_kernel(
         expert = tl.load(indices + rows * K + slot, mask=row_inside, other=0).to(tl.int32)
         s_j = tl.load(chosen + rows * K + slot, mask=row_inside, other=0.0)
         g_j = tl.load(grad_weights + rows * stride_gt + slot * stride_gk, mask=row_inside, other=0.0).to(tl.float32)
-        d_score = (g_j - origin - mean) * factor
+        d_logit = s_j / denominator * (g_j - mean - correction) * scale  # of the score's logarithm
         if FUNCTION == SIGMOID:
-            d_logit = d_score * s_j * (1.0 - s_j)
+            d_logit *= 1.0 - s_j
         elif FUNCTION == SQRTSOFTPLUS:
-            # s^2 = log(1 + e^z), so ds/dz = (1 - e^(-s^2)) / (2 s). For small s the difference is a series instead.
+            # s^2 = log(1 + e^z), so d log s / dz = (1 - e^(-s^2)) / (2 s^2). For small s a series instead.
             square = s_j * s_j
-            small = square * (1.0 - square * (0.5 - square * (1.0 / 6.0 - square * (1.0 / 24.0))))
-            slope = tl.where(square < 0.05, small, 1.0 - tl.exp(-square)) / (2.0 * s_j)
-            d_logit = d_score * tl.where(s_j == 0.0, 0.0, slope)
+            small = 0.5 - square * (0.25 - square * (1.0 / 12.0 - square * (1.0 / 48.0)))
+            d_logit *= tl.where(square < 0.05, small, (1.0 - tl.exp(-square)) / (2.0 * square))
         elif FUNCTION == SOFTMAX_TOPK:
-            d_logit = s_j * (d_score - along)
-        else:
-            d_logit = s_j * d_score
+            d_logit -= s_j * along
         result += tl.where(experts == expert[:, None], d_logit[:, None], 0.0)
     store_rounded(gradient + rows[:, None] * E + experts, result, inside)
 
