@@ -253,32 +253,6 @@ def test_gradient_with_a_tiny_eps(backend, eps):
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("backend", CPU)
-def test_second_order_gradients_raise(backend):
-    logits = torch.randn(3, 8, requires_grad=True)
-    for renormalize in (True, False):
-        weights, _ = tk.router_topk(logits, 2, renormalize=renormalize, backend=backend)
-        (gradient,) = torch.autograd.grad(weights.pow(2).sum(), logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            gradient.sum().backward()
-
-
-def test_gradient_keeps_no_logits_where_they_are_not_needed():
-    kept = []
-
-    def saved(tensor):
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    logits = torch.randn(7, 16, requires_grad=True)
-    # 1e-50 is 0 in float32, so to the kernels too.
-    for options in ({}, {"score_function": "sigmoid"}, {"score_function": "softmax_topk"}, {"eps": 1e-50}):
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-            tk.router_topk(logits, 2, **options)[0].sum().backward()
-    assert (7, 16) not in kept
-    assert (7, 2) in kept
-
-
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_chooses_the_same(isa, monkeypatch):
@@ -294,17 +268,6 @@ def test_every_instruction_set_chooses_the_same(isa, monkeypatch):
                 got, expected = (tk.router_topk(logits, k, backend=name) for name in ("cpu", "reference"))
                 assert torch.equal(got[1], expected[1])
                 torch.testing.assert_close(got[0], expected[0], equal_nan=True)
-
-
-def test_only_the_weights_are_differentiable():
-    logits = torch.randn(3, 8, requires_grad=True)
-    score = torch.zeros(3)
-    weights, indices = tk.router_topk(logits, 2, table=torch.ones(8, requires_grad=True), token_score=score)
-    assert weights.requires_grad
-    assert not indices.requires_grad
-    assert not score.requires_grad
-    with torch.no_grad():
-        assert not tk.router_topk(logits, 2)[0].requires_grad
 
 
 @pytest.mark.parametrize("case", [case for case in OP.cases if not case.benchmark], ids=lambda case: case.name)

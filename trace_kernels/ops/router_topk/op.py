@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from trace_kernels import cuda_backend, light_op, triton_backend, validate
 from trace_kernels.backends import OpBackends
@@ -88,7 +88,7 @@ def router_topk(
 
     Returns:
         weights [T, k] and indices [T, k] int64, best first. The weights are differentiable once in `logits`; a
-        second-order gradient raises RuntimeError.
+        second-order gradient and forward-mode differentiation raise RuntimeError.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, or a non-finite table (on a GPU, values are
@@ -134,6 +134,8 @@ def router_topk(
         weights_dtype = logits.dtype
     validate.check_choice("weights_dtype", weights_dtype, validate.FLOAT_DTYPES)
 
+    if forward_ad._current_level >= 0:
+        _RefuseForwardMode.apply(logits)  # type: ignore[no-untyped-call]
     keep = logits.requires_grad and torch.is_grad_enabled()
     if table is not None:
         table = table.detach()
@@ -288,6 +290,13 @@ def _fake_gradient(
 _router_topk_backward = light_op.define("router_topk_backward", _gradient, _fake_gradient)
 
 
+def _refuse_second_order(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("second-order gradients of router_topk are not implemented")
+
+
+torch.library.register_autograd("trace_kernels::router_topk_backward", _refuse_second_order, lib=light_op.LIBRARY)
+
+
 def _save(ctx: Any, logits: torch.Tensor, rule: Rule, backend: str, outputs: tuple[torch.Tensor, ...]) -> None:
     _, indices, chosen, stats, _, _ = outputs
     ctx.rule, ctx.num_experts, ctx.dtype, ctx.backend = rule, logits.shape[1], logits.dtype, backend
@@ -301,7 +310,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     _save(ctx, logits, rule, inputs[-1], output)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad_weights is None:
         return (None,) * 17
@@ -319,6 +327,24 @@ torch.library.register_autograd(
 )
 
 
+class _RefuseForwardMode(torch.autograd.Function):
+    """Raises for logits with a tangent, at whatever level of nested transforms: an op without a rule would drop it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: torch.Tensor) -> torch.Tensor:
+        return logits.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError("forward-mode differentiation of router_topk is not implemented")
+
+
 class _RouterTopk(torch.autograd.Function):
     """The same for calls past the dispatcher."""
 
@@ -328,7 +354,8 @@ class _RouterTopk(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.functions, outputs = _run(backend, logits, rule, *rest)
         _save(ctx, logits, rule, backend, outputs)
-        ctx.mark_non_differentiable(*outputs[1:])
+        # Not the chosen scores: through them the gradient hangs on the logits, so that differentiating it again raises.
+        ctx.mark_non_differentiable(outputs[1], *outputs[3:])
         return outputs
 
     @staticmethod
