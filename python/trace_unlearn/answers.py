@@ -53,7 +53,7 @@ def rouge_scores(
         progress=progress,
     )
     scores = [
-        rouge_l(row.answer, cut(text.lstrip(), [stop for stop in STOPS if stop not in row.answer]))
+        rouge_l(row.answer, cut(text, [stop for stop in STOPS if stop not in row.answer]))
         for row, text in zip(rows, texts, strict=True)
     ]
     return {

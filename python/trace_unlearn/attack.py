@@ -32,6 +32,19 @@ from trace_unlearn.suites import Suite, open_suites
 from trace_unlearn.trainable import LoraOptions, add_lora
 from trace_unlearn.weights import Calibration
 
+# Linear layers of attention, as the families call them: what relearn adapts.
+ATTENTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "q_a_proj",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "qkv_proj",
+)
+
 ATTACKS = ("relearn", "quantize", "reroute")
 WORK = "attacks.work"  # in the output folder, until all is done: one file for each attack on each model
 # What does not touch the result.
@@ -196,9 +209,12 @@ def _read(options: AttackOptions, models: list[str]) -> _Inputs:
             raise UserError(f"relearn_rows: got {rows}, allowed are at most {most}: the data has {len(source)} rows")
         shuffled = source.shuffle(seed=options.seed)
         relearned["shown"] = shuffled.select(range(rows))
-        relearned["forget"] = (
-            shuffled.select(range(rows, len(source))) if options.relearn_on is None else sets["forget"]
-        )
+        shown = {tuple(ids) for ids in relearned["shown"]["input_ids"]}
+        others = shuffled.select(range(rows, len(source))) if options.relearn_on is None else sets["forget"]
+        # The same text may stand in the data twice, or in both files.
+        relearned["forget"] = others.select([i for i, ids in enumerate(others["input_ids"]) if tuple(ids) not in shown])
+        if not len(relearned["forget"]):
+            raise UserError("relearn_rows: nothing of the forget data is left that was not shown; show fewer")
     critical: tuple[tuple[int, int], ...] = ()
     if reroutes and options.calibration is not None and len(Calibration.load(options.calibration).selected):
         critical = chosen_experts(["selected"], options.calibration, None)
@@ -281,7 +297,10 @@ def _relearn(name: str, inputs: _Inputs) -> dict[str, Any]:
     model: Any = _load(name, options, None if options.relearn_lora_rank else "float32")
     if options.relearn_lora_rank:
         torch.manual_seed(options.seed)
-        model = add_lora(model, LoraOptions(options.relearn_lora_rank))
+        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        if not (modules := tuple(name for name in ATTENTION if name in ends)):
+            raise UserError(f"relearn_lora_rank: {name} has none of the layers {', '.join(ATTENTION)}")
+        model = add_lora(model, LoraOptions(options.relearn_lora_rank, modules=modules))
     sets = {**inputs.relearned, "retain": inputs.sets["retain"]}
     measure = functools.partial(
         standing, tokenizer=inputs.tokenizer, sets=sets, batch_size=options.batch_size, progress=False

@@ -70,6 +70,11 @@ class Forward:
         """Keeps a router's auxiliary loss off: with it, forgetting would also unbalance the experts."""
         return {"output_router_logits": False} if self._takes_router_logits else {}
 
+    @property
+    def reference_bytes(self) -> int:
+        """Of the output embedding's copy."""
+        return 0 if self._reference_weight is None else self._reference_weight.nbytes
+
     def freeze_unused(self) -> None:
         """Freezes what a loss on a layer's output cannot reach: the layers above, the last norm, the head."""
         if self._layer is not None:

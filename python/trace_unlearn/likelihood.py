@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +20,8 @@ from trace_unlearn.metrics import exact_memorization, extraction_strength
 from trace_unlearn.model import input_device
 from trace_unlearn.predictions import Batch, predictions
 from trace_unlearn.routing import RoutingRecorder
+
+logger = logging.getLogger(__name__)
 
 
 class Routes(NamedTuple):
@@ -105,6 +109,8 @@ def log_likelihood(
                 kept += len(routes[-1])
     seen = None if recorder is None else Routes(torch.cat(routes)[:keep_routes], recorder.counts.cpu())
     nll = total / tokens if tokens else float("nan")
+    if tokens and math.isnan(nll):
+        logger.warning("%s: the model gives no numbers (NaN): it has diverged, its other measures mean nothing", label)
     texts = [text for text, _ in recitals if text]
     if not texts:
         return Likelihood(nll, tokens, seen)

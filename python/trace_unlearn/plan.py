@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
+from trace_unlearn.forward import Forward
 from trace_unlearn.model import check_inputs, check_placement
 from trace_unlearn.trainable import LoraOptions, add_lora, check_patterns, train_only
 
@@ -150,10 +151,14 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
             model = add_lora(model, LoraOptions(options.lora_rank, modules=ends[0], parameters=ends[1]))
         elif options.trainable:
             train_only(model, options.trainable)
+        method_config = TraceConfig(options.objective, retain_loss=options.retain_loss)
+        forward = Forward(model, method_config)
+        forward.freeze_unused()
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     master = options.sharding == "fsdp2" and options.bf16  # which accelerate then keeps in float32
     weights = sum(p.numel() * (4 if master and p.requires_grad else p.element_size()) for p in parameters)
+    weights += forward.reference_bytes
     gradients = sum(p.numel() * (4 if master else p.element_size()) for p in trained)
     optimizer = OPTIMIZERS[options.optimizer] * gradients
     if options.sharding.startswith("zero") and dtype != torch.float32:  # DeepSpeed steps on float32 copies
@@ -173,7 +178,7 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
             (optimizer, ("fsdp2", "zero2", "zero3")),
         )
     )
-    method = TraceConfig(options.objective, retain_loss=options.retain_loss).method
+    method = method_config.method
     documents = (method.forget_loss is not None) + options.retain_per_forget * method.uses_retain
     documents += method.needs_alternate
     joint = options.joint_forward or options.sharding in ("fsdp2", "zero2", "zero3")

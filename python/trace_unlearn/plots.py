@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ MARK = "#d1400c"  # outlines of the selected experts, on a blue scale
 COLOURS = ("#4b5563", "#0b63ce", "#d1700c", "#0a7d5a", "#9a3fb5", "#b3261e")  # told apart by colour-blind readers too
 LINES = ("-", "-", "--", "-.", ":", "-")
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names of models and files may hold a $
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -174,7 +176,8 @@ def trade_off(
         for ax, (title, arms) in zip(axes, panels.items(), strict=False):
             if band is not None:
                 ax.axvspan(*band, color="#f3f4f6", zorder=0)
-            for colour, line, (arm, curves) in zip(COLOURS[share:], LINES[share:], arms.items(), strict=False):
+            styles = zip(itertools.cycle(COLOURS[share:]), itertools.cycle(LINES[share:]))
+            for (colour, line), (arm, curves) in zip(styles, arms.items(), strict=False):
                 for x, y in curves if len(curves) > 1 else ():
                     ax.plot(x, y, color=colour, linewidth=0.9, alpha=0.3)
                 x, y = _mean_curve(curves)
@@ -207,7 +210,8 @@ def dots(
             ax.axvline(x, color=MUTED, linewidth=1.2, linestyle="--")
             place = {"xycoords": ("data", "axes fraction"), "xytext": (4, 2), "textcoords": "offset points"}
             ax.annotate(name, (x, 1.0), color=MUTED, **place)
-        for colour, shape, (name, values) in zip(COLOURS[1:], shapes, series.items(), strict=False):
+        styles = zip(itertools.cycle(COLOURS[1:]), itertools.cycle(shapes))
+        for (colour, shape), (name, values) in zip(styles, series.items(), strict=False):
             ax.scatter(values, heights, s=52, color=colour, marker=shape, label=name, zorder=3)
         ax.set_yticks(heights, labels)
         ax.tick_params(axis="y", length=0, labelcolor=INK)

@@ -125,10 +125,17 @@ def _strongest(model: str, found: Mapping[str, Any]) -> str:
     before = shares.pop("not attacked")
     if not shares:
         return f"{model}: recites {before:.1%} of the forget tokens; nothing was tried on it."
-    label = max(shares, key=lambda name: shares[name])
-    if shares[label] <= before:
+    start = dict.fromkeys(shares, before)
+    if "relearn" in found:  # of the rows that were not shown
+        start |= {
+            label: found["relearn"]["curve"][0]["forget"]["exact_memorization"]
+            for label in shares
+            if label.startswith("relearned")
+        }
+    label = max(shares, key=lambda name: shares[name] - start[name])
+    if shares[label] <= start[label]:
         return f"{model}: no attack brought anything back; it recites {before:.1%} of the forget tokens without one."
-    back = f"it recites {shares[label]:.1%} of the forget tokens, {before:.1%} before"
+    back = f"it recites {shares[label]:.1%} of the forget tokens, {start[label]:.1%} before"
     return f'{model}: most comes back by "{label}": {back}.'
 
 

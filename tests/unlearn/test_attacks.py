@@ -192,6 +192,22 @@ def words(tmp_path, checkpoint):
     ]
 
 
+def test_no_row_that_was_shown_is_measured(words, tmp_path):
+    import trace_unlearn.attack as verb
+
+    (tmp_path / "forget.json").write_text(json.dumps(FORGET * 2))
+    given = {"forget": str(tmp_path / "forget.json"), "retain": str(tmp_path / "retain.json"), "attacks": ["relearn"]}
+    for changes in ({}, {"relearn_on": given["forget"]}):
+        models = json.loads(words[2])
+        options = verb.AttackOptions(models, output=str(tmp_path / "out"), relearn_rows=5, **given, **changes)
+        found = verb._read(options, models).relearned
+        shown = [tuple(ids) for ids in found["shown"]["input_ids"]]
+        measured = [tuple(ids) for ids in found["forget"]["input_ids"]]
+        assert len(shown) == 5
+        assert len(measured) == 2 * (len(FORGET) - len(set(shown)))
+        assert not set(shown) & set(measured)
+
+
 def test_the_verb_attacks_every_model_and_goes_on_where_it_stopped(words, tmp_path, capsys, monkeypatch):
     import trace_unlearn.attack as verb
 

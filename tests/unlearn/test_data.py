@@ -283,6 +283,16 @@ def test_the_layout_after_a_turn_bears_no_loss(tmp_path):
     assert tokenizer.decode(kept) == " w3 ;\n w5 w6 ;\n"
 
 
+def test_an_answer_that_is_cut_off_as_a_whole_is_not_the_rows(tmp_path):
+    tokenizer = chat_tokenizer(CHATML)
+    whole = load(tmp_path, "chat.jsonl", lines({"messages": CHAT}), tokenizer)[0]
+    last = max(i for i, label in enumerate(whole["labels"]) if label == -100) + 1  # where the last answer begins
+    for length, answer in ((last, ""), (last + 1, "w5 w6")):
+        row = load(tmp_path, "chat.jsonl", lines({"messages": CHAT}), tokenizer, max_length=length)[0]
+        assert (row["answer"], len(row["input_ids"])) == (answer, length)
+        assert any(label != -100 for label in row["labels"])
+
+
 def test_chats_that_cannot_be_used(tmp_path, caplog):
     refused(tmp_path, "a.jsonl", lines({"messages": CHAT}), r"a\.jsonl: line 1: .*no|none.*chat template")
     tokenizer = chat_tokenizer(CHATML)

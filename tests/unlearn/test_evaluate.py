@@ -193,6 +193,10 @@ def test_what_a_model_says_after_its_answer_is_cut_unless_the_reference_has_it_t
     for answer, f1 in (("w1 w2", 1.0), ("w1 w2\n\nw5", 2 * 2 / (3 + 3))):
         data = dataset(tmp_path, [{"prompt": "w7", "completion": f" {answer}"}])
         assert rouge_scores(model, WORDS, data, progress=False)["rouge_l_f1"] == pytest.approx(f1), answer
+    # The answer is empty, and the question that follows no part of it.
+    monkeypatch.setattr(type(WORDS), "batch_decode", lambda *_, **__: ["\n\nQuestion: w1 w2"])
+    data = dataset(tmp_path, [{"prompt": "w7", "completion": " w1 w2"}])
+    assert rouge_scores(model, WORDS, data, progress=False)["rouge_l_recall"] == 0
 
 
 @torch.no_grad()

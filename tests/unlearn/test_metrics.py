@@ -56,10 +56,13 @@ def test_auc_by_pairs():
     assert auc(high, low) == pytest.approx(np.mean(pairs))
     assert auc([2.0], [1.0]) == 1
     assert auc(high, low) + auc(low, high) == pytest.approx(1)
-    with pytest.raises(ValueError, match="NaN"):
-        auc([math.nan], [1.0])
+    assert math.isnan(auc([math.nan], [1.0]))
     with pytest.raises(ValueError, match="got 0 and 1 values"):
         auc([], [1.0])
+
+
+def test_measures_of_a_diverged_model_are_no_numbers():
+    assert all(map(math.isnan, (harmonic_mean([math.nan, 0.0]), forgotten(math.nan), true_better(math.nan))))
 
 
 def test_priv_leak_is_0_at_the_reference_and_minus_100_when_nothing_is_forgotten():

@@ -9,6 +9,7 @@ import torch
 from tiny_runs import trainer
 
 from trace_unlearn.cli import main as command
+from trace_unlearn.config import TraceConfig
 from trace_unlearn.errors import UserError
 from trace_unlearn.model import load_model
 from trace_unlearn.plan import PlanOptions, check, estimate
@@ -52,6 +53,14 @@ def test_weights_gradients_and_optimizer_are_exact(changes, tied, checkpoint):
     optimizer = torch.optim.SGD if changes.get("optimizer") == "sgd" else torch.optim.AdamW
     expected = measured(folder, optimizer, changes.get("dtype", "auto"), **given)
     assert (plan.weights, plan.gradients, plan.optimizer) == expected
+
+
+def test_only_the_layers_that_rmu_reaches_have_gradients(checkpoint, tmp_path):
+    options = PlanOptions(str(checkpoint("qwen3_moe")), objective="rmu")
+    trained = trainer(tmp_path, load_model(options.model, device="cpu"), TraceConfig("rmu", retain_per_forget=2))
+    expected = sum(p.nbytes for p in trained.model.parameters() if p.requires_grad)
+    assert estimate(options, check(options)).gradients == expected
+    assert expected < sum(p.nbytes for p in trained.model.parameters())
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

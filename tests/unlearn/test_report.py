@@ -134,6 +134,7 @@ def test_attacks_and_benchmarks_are_shown_beside_the_scores(run_folder):
     assert "a/model: not attacked 0.125, relearned, 20 steps 0.500, 4 bits 0.062; b/model: not" in dots["alt"]
     assert "nan" not in dots["alt"]
     assert "a/model: most comes back by &quot;relearned, 20 steps&quot;: it recites 50.0% of the forget tokens" in html
+    assert "of the forget tokens, 6.2% before" in html  # of the rows that relearning did not show
     assert "b/model: no attack brought anything back; it recites 12.5%" in html
     assert "of the rows never shown 0.062 before and 0.500 after 20 steps" in html
     for text in ("MUSE VerbMem", "33.250", "wmdp_bio, accuracy by lm-eval", "0.375", "Benchmarks under attack"):
@@ -223,6 +224,13 @@ def test_heatmaps_of_any_size(layers, experts):
 def test_plots_are_reproducible():
     weights = np.random.default_rng(0).lognormal(size=500)
     assert plots.png(plots.weight_histogram(weights)) == plots.png(plots.weight_histogram(weights))
+
+
+def test_names_are_no_formulas_and_every_one_is_drawn():
+    series = {f"a$\\frac$ {i}": [0.5] for i in range(9)}
+    figure = plots.dots(["x"], series, x_label="share")
+    assert len(figure.axes[0].collections) == 9 + 1
+    assert plots.png(figure)
 
 
 def test_histogram_of_equal_weights_and_zeros():

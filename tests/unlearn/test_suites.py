@@ -165,6 +165,45 @@ def test_tofu_from_plain_logits(tofu_data, monkeypatch):
     assert suite.compare(found, found)["forget_quality"] == 1
 
 
+def test_the_end_token_is_none_of_the_recited_ones_whatever_follows_it(tofu_data, monkeypatch):
+    tokenizer = tiny.byte_tokenizer([" ".join(tiny.WORDS)] * 3)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} </s>\n{% endfor %}"
+    suite = open_suites({"tofu": {"data": str(tofu_data), "chat": True, "max_new_tokens": 1}})["tofu"]
+    suite.read(tokenizer)
+    model = tiny.model("olmoe", len(tokenizer))
+    everything = tofu.row_scores
+
+    def recites_all_but_the_end(*arguments, **options):
+        for scores in everything(*arguments, **options):
+            yield scores._replace(correct=torch.tensor([True] * (len(scores.correct) - 1) + [False]))
+
+    monkeypatch.setattr(tofu, "row_scores", recites_all_but_the_end)
+    assert suite.measure(model, tokenizer, progress=False)["forget"]["extraction_strength"] == 1
+
+
+def test_a_diverged_model_gets_no_scores_but_its_neighbours_do(tofu_data, muse_data, monkeypatch):
+    monkeypatch.setattr(tofu, "continuations", lambda model, tokenizer, prompts, length, **_: ["w0"] * len(prompts))
+    monkeypatch.setattr(muse, "continuations", lambda model, tokenizer, prompts, length, **_: ["w0"] * len(prompts))
+    model, broken = tiny.model("olmoe", len(WORDS)), tiny.model("olmoe", len(WORDS))
+    broken.lm_head.weight.data.fill_(math.nan)
+    suites = {name: open_and_read(name, data=str(data)) for name, data in (("tofu", tofu_data), ("muse", muse_data))}
+    reference = measure_suites(suites, model, WORDS, progress=False)
+    found = measure_suites(suites, broken, WORDS, reference, progress=False)
+    assert math.isnan(found["tofu"]["model_utility"])
+    assert math.isnan(found["tofu"]["forget_quality"])
+    assert math.isnan(found["muse"]["privleak"])
+
+
+def test_muse_prompts_end_as_they_are_written():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tokenizer()
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", None, special)
+    assert tokenizer("w1").input_ids[-1] == tokenizer.eos_token_id
+    assert muse._tokens(tokenizer, "w1 w2") == tokenizer("w1 w2").input_ids[:-1]
+
+
 def test_tofu_without_a_part_has_no_utility_and_generates(tofu_data):
     (tofu_data / "world_facts_perturbed.json").unlink()
     suite = open_and_read("tofu", data=str(tofu_data), limit=2, max_new_tokens=2)

@@ -23,6 +23,8 @@ def min_k(log_probs: Sequence[float], share: float = 0.4) -> float:
 def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     """P(a value of `higher` > one of `lower`), ties counting half: the area under the ROC curve (Mann-Whitney).
 
+    NaN where a value is NaN.
+
     >>> auc([3.0, 1.0], [2.0, 1.0])  # of the four pairs two are greater and one is equal
     0.625
     """
@@ -30,7 +32,7 @@ def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
         raise ValueError(f"auc: got {len(higher)} and {len(lower)} values, allowed are at least one of each")
     ordered = np.sort(np.asarray(lower, dtype=np.float64))
     if np.isnan(ordered).any() or np.isnan(higher).any():
-        raise ValueError("auc: got NaN, allowed are numbers")
+        return float("nan")
     below = np.searchsorted(ordered, higher, side="left") + np.searchsorted(ordered, higher, side="right")
     return float(below.mean() / (2 * len(ordered)))
 

@@ -11,13 +11,15 @@ EXACT = 10_000  # samples up to this size get the exact p-value
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """The number of values over the sum of their inverses, of numbers from 0; 0 when one of them is.
+    """The number of values over the sum of their inverses, of numbers from 0; 0 when one of them is, NaN with a NaN.
 
     >>> round(harmonic_mean([1.0, 0.5]), 4)
     0.6667
     """
     if not len(values) or min(values) < 0:
         raise ValueError(f"values: got {list(values)}, allowed are numbers from 0, at least one")
+    if any(math.isnan(value) for value in values):
+        return math.nan
     return 0.0 if min(values) == 0 else len(values) / sum(1 / value for value in values)
 
 

@@ -38,9 +38,11 @@ def truth_ratio(right: float, wrong: Sequence[float]) -> float:
 
 def forgotten(ratio: float) -> float:
     """min(R, 1/R), the truth ratio's score on the forget set: 1 when true and false are equally likely."""
+    if math.isnan(ratio):
+        return ratio
     return min(ratio, 1 / ratio) if ratio > 0 else 0.0
 
 
 def true_better(ratio: float) -> float:
     """max(0, 1 - R), the truth ratio's score on data to keep."""
-    return max(0.0, 1 - ratio)
+    return max(1 - ratio, 0.0)  # in this order NaN stays NaN

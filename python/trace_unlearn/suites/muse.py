@@ -139,7 +139,10 @@ class Muse(Suite):
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    return list(tokenizer(prompt)["input_ids"])
+    """Without the end-of-sequence token that some tokenizers put behind every text."""
+    tokens = list(tokenizer(prompt)["input_ids"])
+    own = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] != list(own[-1:]) else tokens
 
 
 def _row(tokenizer: Tokenizer, document: str, record: Record, max_length: int) -> dict[str, list[int]]:

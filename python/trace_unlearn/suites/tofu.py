@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn.answers import answered
 from trace_unlearn.data import QUESTION_TEMPLATE
-from trace_unlearn.encoding import Encoder, Row
+from trace_unlearn.encoding import IGNORE_INDEX, Encoder, Row
 from trace_unlearn.errors import UserError
 from trace_unlearn.generation import continuations
 from trace_unlearn.metrics import (
@@ -140,7 +140,9 @@ class Tofu(Suite):
             }
             if name == "forget":
                 found["truth_ratios"] = ratios
-                ends = [row.labels[-1] == tokenizer.eos_token_id for row in (q.rows[0] for q in questions)]
+                # Templates write more after the end of a turn, which bears no loss.
+                last = [next(i for i in reversed(q.rows[0].labels) if i != IGNORE_INDEX) for q in questions]
+                ends = [token == tokenizer.eos_token_id for token in last]
                 recited = [
                     a[0].correct[: len(a[0].correct) - end].tolist() for a, end in zip(answers, ends, strict=True)
                 ]
@@ -153,6 +155,8 @@ class Tofu(Suite):
         """Gives forget_quality: the KS test's p-value for the truth ratios of the model and of the reference."""
         if reference is None or "truth_ratios" not in found or "truth_ratios" not in reference:
             return {}
+        if any(math.isnan(ratio) for found_in in (found, reference) for ratio in found_in["truth_ratios"]):
+            return {"forget_quality": math.nan, "log10_forget_quality": math.nan}
         p = ks_p_value(found["truth_ratios"], reference["truth_ratios"])
         return {"forget_quality": p, "log10_forget_quality": math.log10(p) if p > 0 else None}
 
