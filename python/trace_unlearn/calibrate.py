@@ -198,10 +198,10 @@ def _cap_for_ess(patterns: Patterns, log_raw: torch.Tensor, cap: float, min_ess:
 def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
     if rule not in RULES:
         raise UserError(f"rule: got {rule!r}, allowed: {', '.join(map(repr, RULES))}")
-    if not 0 <= min_ess < 1:
+    if not 0 <= min_ess <= 0.9999:
         raise UserError(
-            f"min_ess: got {min_ess}, allowed is 0 <= min_ess < 1 (a share of the retain tokens); only uniform weights "
-            "reach 1, use rule 'uniform' for them"
+            f"min_ess: got {min_ess}, allowed is 0 <= min_ess <= 0.9999 (a share of the retain tokens); only uniform "
+            "weights reach 1, use rule 'uniform' for them"
         )
     if not 1.0001 <= max_weight < math.inf:
         raise UserError(f"max_weight: got {max_weight}, allowed are finite numbers above 1: the mean weight is 1")

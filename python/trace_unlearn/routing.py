@@ -120,9 +120,15 @@ class RoutingRecorder:
         self._rows = [-1] * len(self.layers)  # tokens each layer reported in this forward
         self._routes: list[torch.Tensor | None] = [None] * len(self.layers)
         self._next_mask: torch.Tensor | None = None
+        self._spoilt = False  # a forward that raised is counted in a part of the layers
 
     @property
     def counts(self) -> torch.Tensor:
+        if self._spoilt:
+            raise RuntimeError(
+                "RoutingRecorder: a forward raised after some of the layers had counted its tokens; call reset() and "
+                "count anew"
+            )
         first, *others = self._states.values()
         total = first.counts.clone()
         for state in others:
@@ -173,6 +179,7 @@ class RoutingRecorder:
 
     def reset(self) -> None:
         """Sets the counts to zero."""
+        self._spoilt = False
         for state in self._states.values():
             state.counts.zero_()
 
@@ -202,6 +209,7 @@ class RoutingRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._next_mask = None
         self._close()
         if self._file is not None:
             self._file.close()
@@ -251,7 +259,9 @@ class RoutingRecorder:
         was_open = self._open
         counting = next((state.mask for state in self._states.values()), None)
         self._close()
+        self._next_mask = None
         if output is None or not was_open:  # the forward raised
+            self._spoilt = self._spoilt or any(rows > 0 for rows in self._rows)
             return
         self._forwards += 1
         silent = [layer.name for layer, rows in zip(self.layers, self._rows, strict=True) if rows < 0]
@@ -352,7 +362,8 @@ class RoutingRecorder:
     def _state_of(self, number: int, device: torch.device) -> _DeviceState:
         key = (device, self._sequence[number])
         if key not in self._states:
-            state = _DeviceState(len(self.layers), self._num_experts, device, self._table)
+            with torch.inference_mode(False):  # the next forward may be a normal one
+                state = _DeviceState(len(self.layers), self._num_experts, device, self._table)
             for (_, sequence), other in self._states.items():
                 if sequence != key[1]:
                     continue

@@ -74,6 +74,7 @@ def test_an_expert_of_every_retain_token_alone_is_refused():
     [
         ({"rule": "raking"}, "rule: got 'raking'"),
         ({"min_ess": 1.0}, "min_ess: got 1.0"),
+        ({"min_ess": 0.9999995}, "min_ess: got 0.9999995, allowed is 0 <= min_ess <= 0.9999"),
         ({"min_ess": math.nan}, "min_ess: got nan"),
         ({"max_weight": 1.0}, "max_weight: got 1.0"),
         ({"max_weight": math.nan}, "max_weight: got nan"),

@@ -319,6 +319,8 @@ def test_refusals(batch):
     fuse_loss(model)
     with pytest.raises(UserError, match="fused already"):
         fuse_loss(model)
+    with pytest.raises(UserError, match="loss_function: the loss of LlamaForCausalLM is fused; undo"):
+        model.loss_function = torch.nn.functional.cross_entropy
     with pytest.raises(UserError, match="Linear, allowed is a transformers model"):
         fuse_loss(torch.nn.Linear(2, 2))
     wrapped = build("llama")

@@ -124,6 +124,30 @@ def test_routers_in_bf16(family):
         torch.testing.assert_close(mine, theirs[weights].gather(1, their_order)[clear].float(), rtol=2**-6, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FUSED, ids=str)
+def test_under_autocast_the_choice_is_the_routers_own(family):
+    model = families.build(family)
+    seen = []
+    undo = fuse_routers(model)
+    router = undo.routers[0]
+    handle = router.register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
+    model(**families.inputs(family, model))
+    handle.remove()
+    (hidden, *rest), named = seen[0]
+    shape = (*(1 for _ in hidden.shape[2:]), 2000, hidden.shape[-1])
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = router(hidden, *rest, **named)
+        undo()
+        plain = router(hidden, *rest, **named)
+    assert [part.dtype for part in fused] == [part.dtype for part in plain]
+    place = next(i for i, part in enumerate(plain) if not part.is_floating_point())
+    logits = next(p for p in plain if p.shape[-1] >= families.NUM_EXPERTS)
+    clear = torch.tensor([len(set(row)) == len(row) for row in logits.tolist()])
+    assert torch.equal(fused[place].sort(dim=1).values[clear], plain[place].sort(dim=1).values[clear])
+
+
 @pytest.mark.parametrize(
     "name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM"]
 )

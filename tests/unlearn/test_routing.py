@@ -191,6 +191,11 @@ def test_mask_next_holds_for_one_forward():
         rec.mask_next(mask[:2])
         with pytest.raises(UserError, match=r"mask_next.*allowed is bool"):
             model(**given)
+        rec.mask_next(torch.zeros_like(mask))
+    rec.reset()
+    with torch.no_grad(), rec:
+        model(**given)
+    assert torch.equal(rec.counts, count(seen[2:4], counted(given)))
 
 
 @pytest.mark.parametrize("target_parameters", [False, True])
@@ -235,6 +240,10 @@ def test_inference_mode_state_can_be_used_outside():
     with rec:
         model(**batch())
     assert rec.counts.sum() == 2 * 18 * tiny.TOP_K * 2
+    rec._states.clear()
+    with torch.inference_mode():  # where a layer has moved to another device
+        state = rec._state_of(0, torch.device("cpu"))
+    assert not state.counts.is_inference()
 
 
 class BoomError(Exception):
@@ -257,6 +266,9 @@ def test_an_exception_in_the_forward_leaves_the_gate_closed():
             model(**batch())
         assert all(state.gate.item() == 0 for state in rec._states.values())
         handle.remove()
+        model(**batch())
+        with pytest.raises(RuntimeError, match="a forward raised after some of the layers had counted"):
+            _ = rec.counts
         rec.reset()
         model(**batch())
     assert rec.counts.sum() == 18 * tiny.TOP_K * 2

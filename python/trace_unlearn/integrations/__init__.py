@@ -40,7 +40,8 @@ def fuse_loss(model: torch.nn.Module) -> FusedLoss:
     half-precision weights better, because the logits are never rounded) and ``logits=None``: they are never computed.
     Without labels, and in `generate`, nothing changes. `num_items_in_batch`, `shift_labels`, `logits_to_keep`, a bias
     of the output embedding, scaled and soft-capped logits and the router's auxiliary loss keep their meaning. One
-    difference: a batch without any label to predict has loss 0, not NaN.
+    difference: a batch without any label to predict has loss 0, not NaN. Forward hooks on the output embedding see the
+    loss where they saw logits: a hook that changes the logits cannot be fused.
 
     Args:
         model: a transformers causal LM, or a peft model around one.
@@ -363,8 +364,8 @@ def _pending_model(cls: type[PreTrainedModel]) -> type:
     def loss_function(self: Any) -> Callable[..., torch.Tensor]:
         original = cls.loss_function.fget(self)  # type: ignore[attr-defined]
 
-        def fused(
-            logits: Any,
+        def pending(
+            logits: PendingLogits,
             labels: torch.Tensor | None,
             vocab_size: int,
             num_items_in_batch: torch.Tensor | float | None = None,
@@ -372,16 +373,19 @@ def _pending_model(cls: type[PreTrainedModel]) -> type:
             shift_labels: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> torch.Tensor:
-            if not isinstance(logits, PendingLogits):
-                return original(  # type: ignore[no-any-return]
-                    logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
-                )
             state = getattr(self, _STATE)
             return logits.next_token_loss(labels, shift_labels, ignore_index, num_items_in_batch, state.per_token)
 
+        def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
+            logits = args[0] if args else kwargs.get("logits")
+            found: torch.Tensor = (pending if isinstance(logits, PendingLogits) else original)(*args, **kwargs)
+            return found
+
         return fused
 
-    setter = cls.loss_function.fset  # type: ignore[attr-defined]
+    def setter(self: Any, value: Any) -> None:
+        raise UserError(f"loss_function: the loss of {cls.__name__} is fused; undo fuse_loss before you set another")
+
     return _subclass(cls, forward=forward, loss_function=property(loss_function, setter))
 
 

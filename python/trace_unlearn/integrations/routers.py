@@ -26,7 +26,8 @@ def fuse_routers(model: nn.Module) -> FusedRouters:
 
     The experts chosen stay the same (where two of them tie, the lowest index wins), the weights too up to rounding, and
     so do gradients. Parameters and state dict are untouched. Before a router is replaced, both ways are run on random
-    tokens; so a transformers release that changed it is refused instead of changed silently.
+    tokens; so a transformers release that changed it is refused instead of changed silently. Under autocast, routers
+    whose scores it rounds before the choice run as transformers has them.
 
     Args:
         model: a transformers MoE model, or a peft model around one, its weights on their devices (not sharded).
@@ -87,6 +88,7 @@ class _Rule:
     bias: Callable[[Any], torch.Tensor | None] = lambda router: None
     weights: str = "logits"  # the dtype of the weights: that of the "logits", the "hidden" states, or "float32"
     given_bias: bool = False  # the selection bias is the second argument of the forward
+    in_autocast: bool = True  # whether the choice is the router's own under autocast too, which may round its scores
 
 
 def _flat(hidden: torch.Tensor) -> torch.Tensor:
@@ -162,8 +164,8 @@ _CHOSEN = _Rule(_linear, _always(score_function="softmax_topk"))
 _GRANITE = _Rule(
     lambda router, hidden: _linear(router, hidden).float(), _always(score_function="softmax_topk"), weights="hidden"
 )
-_V2 = _Rule(_float_linear, _deepseek_v2)
-_V3 = _Rule(_float_linear, lambda router: _grouped(router, float("-inf"), **_SIGMOID), _own_bias)
+_V2 = _Rule(_float_linear, _deepseek_v2, in_autocast=False)
+_V3 = _Rule(_float_linear, lambda router: _grouped(router, float("-inf"), **_SIGMOID), _own_bias, in_autocast=False)
 _ERNIE = _Rule(
     _without_autocast, _always(), lambda router: router.moe_statics.e_score_correction_bias.squeeze(), weights="hidden"
 )
@@ -180,12 +182,13 @@ _RULES: dict[str, _Rule] = {
         _FLAG,
     ),
     **dict.fromkeys(("Qwen3_5MoeTopKRouter", "Qwen3OmniMoeTextTopKRouter", "Qwen3VLMoeTextTopKRouter"), _SOFTMAX),
-    "JambaTopKRouter": _Rule(_linear, _always(renormalize=False)),
+    "JambaTopKRouter": _Rule(_linear, _always(renormalize=False), in_autocast=False),
     "HunYuanMoEV1Gate": _Rule(_hunyuan_logits, _always()),
     **dict.fromkeys(("MixtralTopKRouter", "MiniMaxTopKRouter"), _SOFTMAX_FLOAT),
     **dict.fromkeys(("AriaTextTopKRouter", "GptOssTopKRouter"), _CHOSEN),
     "OpenAIPrivacyFilterTopKRouter": _Rule(
-        _float_linear, lambda router: {"score_function": "softmax_topk", "scale": 1.0 / router.top_k}
+        _float_linear, lambda router: {"score_function": "softmax_topk", "scale": 1.0 / router.top_k},
+        in_autocast=False,
     ),
     **dict.fromkeys(
         ("GraniteMoeTopKRouter", "GraniteMoeSWATopKRouter", "GraniteMoeHybridTopKRouter", "GraniteMoeSharedTopKRouter"),
@@ -202,11 +205,14 @@ _RULES: dict[str, _Rule] = {
         ),
         _V3,
     ),
-    "AXK2TopkRouter": _Rule(_float_linear, lambda router: _grouped(router, 0.0, **_SIGMOID), _own_bias),
-    "MistralLarge4TextTopkRouter": _Rule(_float_linear, lambda router: _grouped(router, 0.0)),
+    "AXK2TopkRouter": _Rule(
+        _float_linear, lambda router: _grouped(router, 0.0, **_SIGMOID), _own_bias, in_autocast=False
+    ),
+    "MistralLarge4TextTopkRouter": _Rule(_float_linear, lambda router: _grouped(router, 0.0), in_autocast=False),
     **dict.fromkeys(("Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter"), _ERNIE),
     "LongcatFlashTopkRouter": _Rule(
-        _longcat_logits, lambda router: {"renormalize": False, "scale": router.routed_scaling_factor}, _own_bias
+        _longcat_logits, lambda router: {"renormalize": False, "scale": router.routed_scaling_factor}, _own_bias,
+        in_autocast=False,
     ),
     **dict.fromkeys(("MiniMaxM3VLTopKRouter", "Step3p7TopKRouter"), _SIGMOID_BIAS),
     "MiniMaxM2TopKRouter": _Rule(
@@ -216,6 +222,7 @@ _RULES: dict[str, _Rule] = {
         _float_linear,
         lambda router: {**_SIGMOID, "eps": 1e-20, "scale": router.router_scaling_factor},
         given_bias=True,
+        in_autocast=False,
     ),
     "AfmoeTokenChoiceRouter": _Rule(
         _afmoe_logits, lambda router: {**_SIGMOID, "eps": 1e-20, "scale": router.route_scale}, given_bias=True
@@ -225,6 +232,7 @@ _RULES: dict[str, _Rule] = {
         lambda router, hidden: _float_linear(router, hidden) * router.output_multiplier,
         lambda router: {**_SIGMOID, "eps": router.norm_topk_prob_eps, "scale": router.routed_scaling_factor},
         _own_bias,
+        in_autocast=False,
     ),
     "FlintTopKRouter": _Rule(_without_autocast, lambda router: {**_SIGMOID, "renormalize": router.norm_topk_prob}),
 }  # fmt: skip
@@ -287,6 +295,9 @@ def _fused_class(router: nn.Module, rule: _Rule, layer: str) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, hidden_states: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+        if not rule.in_autocast and torch.is_autocast_enabled(hidden_states.device.type):
+            own: tuple[torch.Tensor, ...] = cls.forward(self, hidden_states, *given, **named)
+            return own
         parts = _choose(self, rule, hidden_states, (*given, *named.values()))
         return tuple(parts[place] for place in order)
 
