@@ -41,25 +41,29 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
     const auto upstream = [&](int j) {
       return load_as(p.grad_weights, p.grad_type, t * p.grad_stride_t + j * p.grad_stride_k);
     };
-    const auto score = [&](int j) { return p.chosen[t * p.top_k + j]; };
-    const auto sum = [&](auto&& term) {
-      float total = 0.0f;
-      for (int j = lane; j < p.top_k; j += kWarpSize) total += term(j);
-      return warp_sum(total);
-    };
-    const float denominator = p.renormalize ? sum(score) + p.eps : 1.0f;
-    const auto share = [&](int j) { return score(j) / denominator; };
-    float mean = sum([&](int j) { return share(j) * upstream(j); });
-    float correction = 0.0f, along = p.scale * mean;  // along = sum_j s_j d s_j
+    // The loops are hardly unrolled: a row has few choices, and copies of the divisions would spill.
+    float sum = 0.0f, weighted = 0.0f;
+#pragma unroll 1
+    for (int j = lane; j < p.top_k; j += kWarpSize) {
+      const float s = p.chosen[t * p.top_k + j];
+      sum += s;
+      weighted += s * upstream(j);
+    }
+    weighted = warp_sum(weighted);
+    float denominator = 1.0f, mean = 0.0f, correction = 0.0f, along = p.scale * weighted;  // sum_j s_j d s_j
     if (p.renormalize) {
+      denominator = warp_sum(sum) + p.eps;
+      mean = weighted / denominator;
+      float differences = 0.0f;
+#pragma unroll 1
+      for (int j = lane; j < p.top_k; j += kWarpSize) differences += p.chosen[t * p.top_k + j] * (upstream(j) - mean);
       const float of_eps = p.eps / denominator;
-      correction = sum([&](int j) { return share(j) * (upstream(j) - mean); }) - mean * of_eps;
+      correction = warp_sum(differences) / denominator - mean * of_eps;
       along = p.scale * (mean + correction) * of_eps;
-    } else {
-      mean = 0.0f;
     }
     for (int begin = 0; begin < p.num_experts; begin += kTile) {
       const int size = min(kTile, p.num_experts - begin);
+#pragma unroll 2
       for (int e = lane; e < size; e += kWarpSize) {
         tile[e] = 0.0f;
         if (logits != nullptr) {
@@ -68,11 +72,12 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
         }
       }
       __syncwarp();
+#pragma unroll 1
       for (int j = lane; j < p.top_k; j += kWarpSize) {
         const int64_t e = p.indices[t * p.top_k + j] - begin;
         if (e < 0 || e >= size) continue;
-        const float s = score(j);
-        float d_logit = share(j) * (upstream(j) - mean - correction) * p.scale;  // of the score's logarithm
+        const float s = p.chosen[t * p.top_k + j];
+        float d_logit = s / denominator * (upstream(j) - mean - correction) * p.scale;  // of the score's logarithm
         if (p.score_function == Score::sigmoid) {
           d_logit *= 1.0f - s;
         } else if (p.score_function == Score::sqrtsoftplus) {
