@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from trace_kernels import triton_backend, validate
 from trace_kernels.native import use_large_pages
@@ -37,28 +36,6 @@ def autocast(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float64 or kind == "meta":
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
-
-
-def check_no_tangent(name: str, tensor: torch.Tensor | None) -> None:
-    """Ops without a forward-mode formula would drop a tangent, and what depends on it would seem constant."""
-    if forward_ad._current_level >= 0 and tensor is not None and _has_tangent(tensor):
-        raise NotImplementedError(
-            f"{name}: got a tangent of forward-mode differentiation (torch.func.jvp, jacfwd, hessian or "
-            "torch.autograd.forward_ad), the losses of trace_kernels have gradients by backward only"
-        )
-
-
-def _has_tangent(tensor: torch.Tensor) -> bool:
-    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        return True
-    # The innermost transform hides the tangents of those around it.
-    around = (torch._C._functorch.get_interpreter_stack() or [])[:-1]
-    levels = [level.level() for level in around if level.key() == torch._C._functorch.TransformType.Jvp]
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.maybe_get_level(tensor) in levels:
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return False
 
 
 def check_number(name: str, value: object, allowed: str) -> None:
@@ -140,7 +117,7 @@ def check_weighting(
         validate.check_dtype("token_weight", token_weight, validate.FLOAT_DTYPES)
         validate.check_shape("token_weight", token_weight, leading, f"the leading shape of {of}")
         validate.check_device("token_weight", token_weight, device, of)
-        check_no_tangent("token_weight", token_weight)
+        validate.check_no_tangent("token_weight", token_weight, "the losses")
     if normalizer is None:
         return
     if reduction != "mean":

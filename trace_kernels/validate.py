@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,3 +60,25 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 def not_finite(name: str, bad: int, of: int) -> ValueError:
     return ValueError(f"{name}: {bad} of {of} entries are NaN or infinite, allowed are finite numbers")
+
+
+def check_no_tangent(name: str, tensor: torch.Tensor | None, op: str) -> None:
+    """Ops without a forward-mode formula would drop a tangent, and what depends on it would seem constant."""
+    if forward_ad._current_level >= 0 and tensor is not None and _has_tangent(tensor):
+        raise NotImplementedError(
+            f"{name}: got a tangent (torch.func.jvp, jacfwd, hessian or torch.autograd.forward_ad), forward-mode "
+            f"differentiation of {op} is not implemented"
+        )
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return True
+    # The innermost transform hides the tangents of those around it.
+    around = (torch._C._functorch.get_interpreter_stack() or [])[:-1]
+    levels = [level.level() for level in around if level.key() == torch._C._functorch.TransformType.Jvp]
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.maybe_get_level(tensor) in levels:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

@@ -10,7 +10,7 @@ import datasets
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from trace_unlearn.encoding import IGNORE_INDEX
+from trace_unlearn.encoding import IGNORE_INDEX, last_run
 from trace_unlearn.generation import continuations, cut
 from trace_unlearn.metrics import rouge_l
 
@@ -69,8 +69,7 @@ def answered(rows: Iterable[Mapping[str, Any]], eos: int | None) -> Iterator[Ans
         if not row["answer"]:
             continue
         labels = row["labels"]
-        end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
-        start = max(i for i in range(end) if labels[i] == IGNORE_INDEX) + 1  # labels[0] is always ignored
+        start, end = last_run([label != IGNORE_INDEX for label in labels])
         if labels[end - 1] == eos:
             end -= 1
         if start < end:

@@ -200,7 +200,7 @@ class Encoder:
         self, tokens: list[int], bearing: list[bool], prompt: str, answer: str, notes: Counter[str]
     ) -> Iterator[Row]:
         notes[TRUNCATED] += len(tokens) > self.max_length
-        if _last_run(bearing) >= self.max_length:
+        if last_run(bearing)[0] >= self.max_length:
             prompt = answer = ""  # which is cut off as a whole
         tokens, bearing = tokens[: self.max_length], bearing[: self.max_length]
         bearing[0] = False
@@ -297,10 +297,14 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def _last_run(bearing: Sequence[bool]) -> int:
-    """Where the last run of True begins; 0 without any."""
-    end = max((i for i, bears in enumerate(bearing) if bears), default=0)
-    return next((i + 1 for i in range(end, -1, -1) if not bearing[i]), 0)
+def last_run(bearing: Sequence[bool]) -> tuple[int, int]:
+    """Where the last run of True begins, and where it ends; both 0 without any.
+
+    >>> last_run([False, True, False, True, True, False])
+    (3, 5)
+    """
+    end = max((i + 1 for i, bears in enumerate(bearing) if bears), default=0)
+    return max((i + 1 for i in range(end) if not bearing[i]), default=0), end
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:

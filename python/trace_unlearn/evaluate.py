@@ -229,7 +229,7 @@ def main(options: EvaluateOptions) -> None:
     for name in list(configs)[1:]:
         if load_tokenizer(name, configs[name]).get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name}: its tokenizer is not that of {models[0]}: NLLs cannot be compared")
-    if options.base is not None:
+    if options.base is not None and options.base not in models:
         try:
             load_tokenizer(models[0], check_inputs(options.base))
         except UserError as error:

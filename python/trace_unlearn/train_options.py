@@ -223,7 +223,7 @@ def check(options: TrainOptions) -> TraceConfig:
             raise UserError(f"training: {name!r} is set by an option of its own")
         if name in _REFUSED:
             raise UserError(f"training: {name!r} is not allowed: {_REFUSED[name]}")
-    _check_reporters(options.training.get("report_to", "none"))
+    _check_reporters(options.training.get("report_to") or "none")
     return config
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn.answers import answered
 from trace_unlearn.data import QUESTION_TEMPLATE
-from trace_unlearn.encoding import IGNORE_INDEX, Encoder, Row
+from trace_unlearn.encoding import Encoder, Row
 from trace_unlearn.errors import UserError
 from trace_unlearn.generation import continuations
 from trace_unlearn.metrics import (
@@ -140,12 +140,8 @@ class Tofu(Suite):
             }
             if name == "forget":
                 found["truth_ratios"] = ratios
-                # Templates write more after the end of a turn, which bears no loss.
-                last = [next(i for i in reversed(q.rows[0].labels) if i != IGNORE_INDEX) for q in questions]
-                ends = [token == tokenizer.eos_token_id for token in last]
-                recited = [
-                    a[0].correct[: len(a[0].correct) - end].tolist() for a, end in zip(answers, ends, strict=True)
-                ]
+                lengths = [len(prompt.input_ids) - prompt.start for prompt in prompts]  # without the end token
+                recited = [a[0].correct[:length].tolist() for a, length in zip(answers, lengths, strict=True)]
                 found[name]["extraction_strength"] = _mean([extraction_strength(hits) for hits in recited])
         if all(name in found for name in KEPT):
             found["model_utility"] = harmonic_mean([found[name][measure] for name in KEPT for measure in UTILITY])

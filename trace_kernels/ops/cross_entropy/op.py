@@ -90,7 +90,7 @@ def cross_entropy(
     losses.check_target(target, logits.shape[:-1], logits.device, "logits", ignore_index)
     losses.check_weighting(token_weight, reduction, normalizer, logits.shape[:-1], logits.device, "logits")
     losses.check_logits(softcap, logit_scale)
-    losses.check_no_tangent("logits", logits)
+    validate.check_no_tangent("logits", logits, "the losses")
     rows, flat_target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).contiguous()
     softcap = None if softcap is None else float(softcap)
     overwrite = inplace and not torch.compiler.is_compiling()

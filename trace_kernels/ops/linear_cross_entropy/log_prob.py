@@ -116,7 +116,7 @@ def check_inputs(
         validate.check_device("bias", bias, hidden.device, "hidden")
     losses.check_logits(softcap, logit_scale)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        losses.check_no_tangent(name, tensor)
+        validate.check_no_tangent(name, tensor, "the losses")
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

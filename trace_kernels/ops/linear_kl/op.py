@@ -117,8 +117,8 @@ def linear_kl(
         validate.check_shape("mask", mask, leading, "the leading shape of hidden")
         validate.check_device("mask", mask, hidden.device, "hidden")
     losses.check_logits(softcap, logit_scale)
-    losses.check_no_tangent("hidden", hidden)
-    losses.check_no_tangent("weight", weight)
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        validate.check_no_tangent(name, tensor, "the losses")
 
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
     ref_hidden, ref_weight = losses.autocast(ref_hidden.detach()), losses.autocast(ref_weight.detach())

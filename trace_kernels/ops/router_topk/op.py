@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from trace_kernels import cuda_backend, light_op, triton_backend, validate
 from trace_kernels.backends import OpBackends
@@ -134,8 +133,7 @@ def router_topk(
         weights_dtype = logits.dtype
     validate.check_choice("weights_dtype", weights_dtype, validate.FLOAT_DTYPES)
 
-    if forward_ad._current_level >= 0:
-        _RefuseForwardMode.apply(logits)  # type: ignore[no-untyped-call]
+    validate.check_no_tangent("logits", logits, "router_topk")
     keep = logits.requires_grad and torch.is_grad_enabled()
     if table is not None:
         table = table.detach()
@@ -325,24 +323,6 @@ def _backward(ctx: Any, grad_weights: torch.Tensor | None, *_: torch.Tensor | No
 torch.library.register_autograd(
     "trace_kernels::router_topk", _backward, setup_context=_setup_context, lib=light_op.LIBRARY
 )
-
-
-class _RefuseForwardMode(torch.autograd.Function):
-    """Raises for logits with a tangent, at whatever level of nested transforms: an op without a rule would drop it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: torch.Tensor) -> torch.Tensor:
-        return logits.new_empty(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError("forward-mode differentiation of router_topk is not implemented")
 
 
 class _RouterTopk(torch.autograd.Function):
