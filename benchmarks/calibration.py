@@ -30,12 +30,12 @@ from tqdm import tqdm
 import trace_kernels as tk
 from benchmarks.machine import describe
 from benchmarks.timing import interleave, median_ratio
-from trace_unlearn import patterns as patterns_module
-from trace_unlearn.balance import balance
-from trace_unlearn.calibrate import calibrate
-from trace_unlearn.patterns import Patterns
-from trace_unlearn.profile import RoutingStatistics
-from trace_unlearn.selection import select_experts
+from trace_unlearn.calibration import patterns as patterns_module
+from trace_unlearn.calibration.balance import balance
+from trace_unlearn.calibration.calibrate import calibrate
+from trace_unlearn.calibration.patterns import Patterns
+from trace_unlearn.calibration.selection import select_experts
+from trace_unlearn.routing.profile import RoutingStatistics
 
 L, E, K = 48, 128, 8
 TOPICS, BANK, DOCUMENT, LINKED = 32, 512, 256, 3

@@ -24,10 +24,10 @@ import trace_kernels as tk
 from benchmarks.machine import describe
 from benchmarks.run import gate
 from benchmarks.timing import interleave, median_ratio, peak_memory
-from trace_kernels.conformance import discover
-from trace_kernels.native import native
 from trace_kernels.ops.linear_cross_entropy.cases import eager, torch_chunked, torch_compile
 from trace_kernels.ops.router_topk.cases import torch_chain as chain
+from trace_kernels.runtime.native import native
+from trace_kernels.testing.conformance import discover
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -26,11 +26,11 @@ from benchmarks.gpu_peers import PEERS
 from benchmarks.machine import ROOT, describe
 from benchmarks.run import RESULTS, rows_of
 from benchmarks.timing import interleave, peak_memory
-from trace_kernels.backends import all_ops
-from trace_kernels.cases import Case, OpCases
-from trace_kernels.conformance import discover, execute, prepare
 from trace_kernels.ops.linear_cross_entropy.cases import builder as linear
 from trace_kernels.ops.router_topk.cases import OP as ROUTER
+from trace_kernels.runtime.backends import all_ops
+from trace_kernels.testing.cases import Case, OpCases
+from trace_kernels.testing.conformance import discover, execute, prepare
 
 #: T, H, V: 8192 tokens and the head of Qwen3-30B-A3B.
 T, H, V = 8192, 2048, 151936
@@ -108,9 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def conformance(device: torch.device) -> int:
     """The whole suite on the device, and every op captured in a CUDA graph and replayed."""
-    tests = ["tests/test_conformance.py", "tests/cuda/test_capture.py", "-k", "(right and cuda) or capture_and_replay"]
+    tests = [
+        "tests/kernels/test_conformance.py",
+        "tests/kernels/cuda/test_capture.py",
+        "-k",
+        "(right and cuda) or capture_and_replay",
+    ]
     if device.type == "cpu":
-        tests = ["tests/test_conformance.py", "-n", "0", "-k", "right and reference and record_routing"]
+        tests = ["tests/kernels/test_conformance.py", "-n", "0", "-k", "right and reference and record_routing"]
     return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT).returncode
 
 
@@ -120,7 +125,7 @@ def sanitizer() -> str:
     if tool is None:
         return "absent"
     names = "full_fp32_mean or full_bf16_sum or deepseek_v3 or record_routing_-full or cross_entropy-tail_bf16"
-    tests = ["-m", "pytest", "tests/test_conformance.py", "-k", f"cuda-cuda and ({names})"]
+    tests = ["-m", "pytest", "tests/kernels/test_conformance.py", "-k", f"cuda-cuda and ({names})"]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, *tests]
         if subprocess.run(command, cwd=ROOT).returncode != 0:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe
 from benchmarks.timing import Timing, interleave, median_ratio, peak_memory
-from trace_kernels.backends import BACKENDS, BackendError, all_ops
-from trace_kernels.cases import Case, OpCases
-from trace_kernels.conformance import discover, errors, execute, prepare
+from trace_kernels.runtime.backends import BACKENDS, BackendError, all_ops
+from trace_kernels.testing.cases import Case, OpCases
+from trace_kernels.testing.conformance import discover, errors, execute, prepare
 
 RESULTS = Path(__file__).parent / "results" / "local"
 

@@ -6,8 +6,8 @@ Small ops whose time is a call's own; the linear ops take seconds and are timed 
 import pytest
 import torch
 
-from trace_kernels.backends import BackendError, all_ops
-from trace_kernels.conformance import discover, execute, prepare
+from trace_kernels.runtime.backends import BackendError, all_ops
+from trace_kernels.testing.conformance import discover, execute, prepare
 
 OPS = discover()
 

@@ -18,10 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trace_kernels.cases import Case
-from trace_kernels.conformance import discover
-from trace_kernels.recording import Product, recording, size_of
-from trace_kernels.triton_common import Launch
+from trace_kernels.runtime.recording import Product, recording, size_of
+from trace_kernels.shared.triton_common import Launch
+from trace_kernels.testing.cases import Case
+from trace_kernels.testing.conformance import discover
 
 TOKENS = 8192
 #: What dense bfloat16 products and memory deliver on an H100 SXM, per second.
@@ -103,7 +103,7 @@ def linear_calls(model: Model) -> dict[str, tuple[str, int, Callable[[], object]
     from trace_kernels.ops.linear_cross_entropy.chunked import Options, Rows
     from trace_kernels.ops.linear_cross_entropy.fused import log_prob
     from trace_kernels.ops.linear_kl import triton as kl
-    from trace_kernels.triton_common import scaled_rows
+    from trace_kernels.shared.triton_common import scaled_rows
 
     T = TOKENS
     hidden, weight = empty(T, model.H), empty(model.V, model.H)

@@ -43,7 +43,8 @@ PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trace_kernels.backends, "_OPS", dict(trace_kernels.backends._OPS))  # a page may define an op
+    backends = trace_kernels.runtime.backends
+    monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))  # a page may define an op
     names = {"__name__": page.stem}
     # A block that needs a large model or a file of the reader's is marked ```python no-run and only has to compile.
     for marker, block in re.findall(r"^```python([^\n]*)\n(.*?)^```", page.read_text(), re.M | re.S):

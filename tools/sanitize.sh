@@ -27,7 +27,7 @@ build() {
 }
 library() { gcc -print-file-name="$1"; }
 # -s: a sanitizer writes its report and ends the process, so pytest could not show what it had captured.
-TESTS=(-q -x -s -n 0 -p no:cacheprovider -c "$ROOT/pyproject.toml" "$ROOT/tests/test_conformance.py")
+TESTS=(-q -x -s -n 0 -p no:cacheprovider -c "$ROOT/pyproject.toml" "$ROOT/tests/kernels/test_conformance.py")
 
 build address "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 run() {
@@ -51,7 +51,7 @@ import sys
 
 import pytest
 
-from trace_kernels import native
+from trace_kernels.runtime import native
 
 native._openmp_libraries = list
 assert native.native().parallel_runtime() == "threads"

@@ -5,7 +5,6 @@ Every op takes ``backend="auto"``; ``python -m trace_kernels`` lists the backend
 
 from pathlib import Path
 
-from trace_kernels.backends import BackendError
 from trace_kernels.ops.cross_entropy.op import cross_entropy
 from trace_kernels.ops.hit_moments.op import hit_moments, hit_order, hit_scores
 from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob
@@ -14,6 +13,7 @@ from trace_kernels.ops.linear_kl.op import linear_kl
 from trace_kernels.ops.record_routing.op import record_routing_
 from trace_kernels.ops.route_hits.op import route_hits
 from trace_kernels.ops.router_topk.op import router_topk
+from trace_kernels.runtime.backends import BackendError
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
 __all__ = [

@@ -7,8 +7,8 @@ import sys
 import torch
 
 import trace_kernels
-from trace_kernels.backends import BACKENDS, all_ops
-from trace_kernels.native import cpu_unavailable, native, num_threads
+from trace_kernels.runtime.backends import BACKENDS, all_ops
+from trace_kernels.runtime.native import cpu_unavailable, native, num_threads
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 // What every CUDA kernel shares: launching, element types, 16-byte loads, reductions over a warp.
 //
-// A kernel names its shared memory by TK_SHARED and starts through launch(), so that tests/cuda/emulation.h can run
+// A kernel names its shared memory by TK_SHARED and starts through launch(), so that tests/kernels/cuda/emulation.h can run
 // the same source on the CPU.
 #pragma once
 
@@ -36,7 +36,7 @@ namespace tk {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// Codes of the element types, as trace_kernels/cuda_backend.py hands them over.
+// Codes of the element types, as trace_kernels/runtime/cuda_backend.py hands them over.
 enum class Element : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Calls function(T{}) with the type of the code.

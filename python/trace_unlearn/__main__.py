@@ -2,7 +2,7 @@
 
 import sys
 
-from trace_unlearn.cli import main
+from trace_unlearn.verbs.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_unlearn.errors import UserError
-from trace_unlearn.lock import alone
+from trace_unlearn.verbs.lock import alone
 
 if TYPE_CHECKING:
     from trace_unlearn.demo.results import Results

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from trace_unlearn.calibrate import Calibration
-    from trace_unlearn.config import TraceConfig
-    from trace_unlearn.trainer import TraceTrainer
+    from trace_unlearn.calibration.calibrate import Calibration
+    from trace_unlearn.training.config import TraceConfig
+    from trace_unlearn.training.trainer import TraceTrainer
 
 ARMS = ("uniform", "TRACE", "shuffled")  # shuffled: TRACE's weights, each on a random token; the control
 DATA = ("forget.jsonl", "retain.jsonl")
@@ -50,10 +50,10 @@ class Recipe:
 def prepare(folder: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
     """Make data/, checkpoint/, profile/ and calibration/ of the model `seed` in `folder`."""
     be_quiet()
-    from trace_unlearn.calibrate import calibrate
-    from trace_unlearn.data import load_tokens
-    from trace_unlearn.model import load_model, load_tokenizer
-    from trace_unlearn.profile import RoutingStatistics, profile_routing
+    from trace_unlearn.calibration.calibrate import calibrate
+    from trace_unlearn.routing.profile import RoutingStatistics, profile_routing
+    from trace_unlearn.sources.data import load_tokens
+    from trace_unlearn.sources.model import load_model, load_tokenizer
 
     corpus = make_corpus(
         seed,
@@ -82,10 +82,10 @@ def prepare(folder: Path, seed: int, recipe: Recipe, progress: Progress) -> None
 def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, progress: Progress) -> None:
     """Make OBJECTIVE/ARM/ in `folder`: the unlearned checkpoint, and in its trace.json what it knew every few steps."""
     be_quiet()
-    from trace_unlearn.calibrate import Calibration
-    from trace_unlearn.config import TraceConfig
-    from trace_unlearn.data import load_tokens
-    from trace_unlearn.model import load_model, load_tokenizer
+    from trace_unlearn.calibration.calibrate import Calibration
+    from trace_unlearn.sources.data import load_tokens
+    from trace_unlearn.sources.model import load_model, load_tokenizer
+    from trace_unlearn.training.config import TraceConfig
 
     output = folder / objective / arm
     if output.is_dir():
@@ -138,7 +138,7 @@ def make_trainer(
     """The trainer of one arm; `work` is a scratch folder. With `log`, a loss that is no number is an error."""
     from transformers import PrinterCallback, TrainingArguments
 
-    from trace_unlearn.trainer import TraceTrainer
+    from trace_unlearn.training.trainer import TraceTrainer
 
     trainer = TraceTrainer(
         model,

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.cross_entropy.op import cross_entropy
 from trace_kernels.ops.linear_cross_entropy import cases as linear
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 SMALL = {"T": 37, "V": 101}
 

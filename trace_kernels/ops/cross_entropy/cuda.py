@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.cuda_backend import ELEMENTS, call
+from trace_kernels.runtime.cuda_backend import ELEMENTS, call
 
 
 def forward(

@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from trace_kernels import native as compiled
-from trace_kernels.native import native, num_threads
 from trace_kernels.ops.linear_cross_entropy.native import TYPES, unit_stride
+from trace_kernels.runtime import native as compiled
+from trace_kernels.runtime.native import native, num_threads
 
 __all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from trace_kernels import cuda_backend, losses, triton_backend, validate
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.cross_entropy import cuda, native, reference
+from trace_kernels.runtime import cuda_backend, triton_backend, validate
+from trace_kernels.runtime.backends import OpBackends
+from trace_kernels.shared import losses
 
 # A backend's ``refuse`` gets the logits [T, V]; its functions have the arguments of reference.py. logits may have any
 # strides; target, lse and grad_logp are contiguous.

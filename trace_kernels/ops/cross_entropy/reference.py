@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.losses import NO_LABEL, compute_dtype
+from trace_kernels.shared.losses import NO_LABEL, compute_dtype
 
 
 def transform(logits: torch.Tensor, softcap: float | None, logit_scale: float) -> torch.Tensor:

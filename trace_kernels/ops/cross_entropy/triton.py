@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trace_kernels.recording import cdiv, size_of
-from trace_kernels.triton_common import (
+from trace_kernels.runtime.recording import cdiv, size_of
+from trace_kernels.shared.triton_common import (
     LOWEST,
     combined,
     launch,

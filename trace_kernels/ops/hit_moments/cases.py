@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.hit_moments.op import hit_moments
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 
 def random_hits(case: Case, generator: torch.Generator) -> torch.Tensor:

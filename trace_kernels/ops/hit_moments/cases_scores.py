@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.hit_moments.cases import random_hits, spare_bits_set, unpack
 from trace_kernels.ops.hit_moments.op import hit_scores
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 
 def _build(case: Case, generator: torch.Generator) -> Call:

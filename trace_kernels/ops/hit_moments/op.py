@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels import validate
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.hit_moments import native, reference
+from trace_kernels.runtime import validate
+from trace_kernels.runtime.backends import OpBackends
 
 _BACKENDS = {name: OpBackends(name) for name in ("hit_scores", "hit_moments", "hit_order")}
 for _name, _backends in _BACKENDS.items():

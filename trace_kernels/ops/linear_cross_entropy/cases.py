@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 #: (dtype, T, H, V) of the benchmarks: small and large vocabularies, and a short batch.
 BENCHMARKS = (

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from trace_kernels.cases import Case, OpCases, Traffic
 from trace_kernels.ops.linear_cross_entropy.cases import (
     SMALL,
     benchmark_cases,
@@ -16,6 +15,7 @@ from trace_kernels.ops.linear_cross_entropy.cases import (
     traffic,
 )
 from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob
+from trace_kernels.testing.cases import Case, OpCases, Traffic
 
 
 def _torch_compile(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import (
+from trace_kernels.shared.chunks import (
     Chunks,
     KeptFirst,
     ScaledRows,

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from trace_kernels.cuda_backend import ELEMENTS, call
-from trace_kernels.cuda_rows import column_sums, scaled_rows
-from trace_kernels.native import address
 from trace_kernels.ops.linear_cross_entropy import chunked
 from trace_kernels.ops.linear_cross_entropy.chunked import Options, RowKernels, Rows
+from trace_kernels.runtime.cuda_backend import ELEMENTS, call
+from trace_kernels.runtime.native import address
+from trace_kernels.shared.rows import column_sums, scaled_rows
 
 
 def _block(

@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from trace_kernels import losses
 from trace_kernels.ops.linear_cross_entropy.chunked import Options, Rows
-from trace_kernels.recording import cdiv, size_of
-from trace_kernels.triton_common import INTERPRETED, LOWEST, launch, transformed
+from trace_kernels.runtime.recording import cdiv, size_of
+from trace_kernels.shared import losses
+from trace_kernels.shared.triton_common import INTERPRETED, LOWEST, launch, transformed
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
 #: Bytes of hidden states that stay in the L2 cache while all of the head passes by.

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trace_kernels import cuda_backend, losses, triton_backend, validate, vocabulary
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.cross_entropy.reference import kept_rows
 from trace_kernels.ops.linear_cross_entropy import cuda, native, reference
+from trace_kernels.runtime import cuda_backend, triton_backend, validate
+from trace_kernels.runtime.backends import OpBackends
+from trace_kernels.shared import losses, vocabulary
 
 backends = OpBackends("linear_cross_entropy")
 log_prob_backends = OpBackends("linear_log_prob")

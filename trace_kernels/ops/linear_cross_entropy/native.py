@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from trace_kernels import native as compiled
-from trace_kernels.native import address, empty_gradient, native, num_threads
+from trace_kernels.runtime import native as compiled
+from trace_kernels.runtime.native import address, empty_gradient, native, num_threads
 
 __all__ = ["backward_weight_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from trace_kernels import losses, vocabulary
 from trace_kernels.ops.linear_cross_entropy.log_prob import backends, check_inputs, needs_gradient, per_token
+from trace_kernels.shared import losses, vocabulary
 
 
 def linear_cross_entropy(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.losses import compute_dtype
 from trace_kernels.ops.cross_entropy import reference as rows
+from trace_kernels.shared.losses import compute_dtype
 
 
 def forward(

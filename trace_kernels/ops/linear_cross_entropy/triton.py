@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from trace_kernels import losses
 from trace_kernels.ops.linear_cross_entropy import chunked
 from trace_kernels.ops.linear_cross_entropy.chunked import Options, RowKernels, Rows
-from trace_kernels.recording import cdiv
-from trace_kernels.triton_common import (
+from trace_kernels.runtime.recording import cdiv
+from trace_kernels.shared import losses
+from trace_kernels.shared.triton_common import (
     LOWEST,
     column_sums,
     launch,

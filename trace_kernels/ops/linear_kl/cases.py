@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.linear_cross_entropy.cases import (
     SMALL,
     benchmark_cases,
@@ -19,6 +18,7 @@ from trace_kernels.ops.linear_cross_entropy.cases import (
     traffic,
 )
 from trace_kernels.ops.linear_kl.op import linear_kl
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 
 def _builder(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trace_kernels.chunks import (
+from trace_kernels.shared.chunks import (
     CHUNK_BYTES,
     Chunks,
     KeptFirst,

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from trace_kernels.cuda_backend import ELEMENTS, call
-from trace_kernels.cuda_rows import scaled_rows
-from trace_kernels.native import address
 from trace_kernels.ops.linear_kl import chunked
 from trace_kernels.ops.linear_kl.chunked import Options, Pair, RowKernels
+from trace_kernels.runtime.cuda_backend import ELEMENTS, call
+from trace_kernels.runtime.native import address
+from trace_kernels.shared.rows import scaled_rows
 
 
 def _pair(logits: Pair, weights: torch.Tensor | None, options: Options) -> tuple[float, ...]:

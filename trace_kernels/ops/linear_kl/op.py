@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from trace_kernels import cuda_backend, losses, triton_backend, validate, vocabulary
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.linear_cross_entropy.log_prob import backends as log_prob_backends
 from trace_kernels.ops.linear_cross_entropy.log_prob import needs_gradient
 from trace_kernels.ops.linear_kl import cuda, native, reference
+from trace_kernels.runtime import cuda_backend, triton_backend, validate
+from trace_kernels.runtime.backends import OpBackends
+from trace_kernels.shared import losses, vocabulary
 
 # A backend's ``refuse`` gets (hidden [T, H], weight [V, H], ref_hidden [T, R], ref_weight [V, R]); its functions have
 # the arguments of reference.py. The matrices may have any strides, the reference's a dtype of their own; row_weight,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from trace_kernels.losses import compute_dtype
 from trace_kernels.ops.cross_entropy.reference import transform, untransform
 from trace_kernels.ops.linear_cross_entropy.reference import weight_gradients
+from trace_kernels.shared.losses import compute_dtype
 
 
 def forward(

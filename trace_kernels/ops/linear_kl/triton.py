@@ -18,7 +18,7 @@ import triton.language as tl
 
 from trace_kernels.ops.linear_kl import chunked
 from trace_kernels.ops.linear_kl.chunked import Options, Pair, RowKernels
-from trace_kernels.triton_common import (
+from trace_kernels.shared.triton_common import (
     LOWEST,
     combined,
     launch,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.record_routing.op import record_routing_
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 
 def _indices(case: Case, generator: torch.Generator) -> torch.Tensor:

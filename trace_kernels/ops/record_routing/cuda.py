@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.cuda_backend import call, most_blocks
-from trace_kernels.native import address
+from trace_kernels.runtime.cuda_backend import call, most_blocks
+from trace_kernels.runtime.native import address
 
 
 def forward(

@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from trace_kernels import native as compiled
-from trace_kernels import validate
-from trace_kernels.native import address, native, num_threads
+from trace_kernels.runtime import native as compiled
+from trace_kernels.runtime import validate
+from trace_kernels.runtime.native import address, native, num_threads
 
 __all__ = ["cpu_unavailable", "forward_cpu", "refuse_cpu"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels import cuda_backend, light_op, triton_backend, validate
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.record_routing import cuda, native, reference
+from trace_kernels.runtime import cuda_backend, light_op, triton_backend, validate
+from trace_kernels.runtime.backends import OpBackends
 
 backends = OpBackends("record_routing_")
 backends.register("reference", forward=reference.record_routing_)

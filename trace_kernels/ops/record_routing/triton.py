@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trace_kernels.recording import cdiv, size_of
-from trace_kernels.triton_common import launch, next_power_of_2
+from trace_kernels.runtime.recording import cdiv, size_of
+from trace_kernels.shared.triton_common import launch, next_power_of_2
 
 #: Entries that a program reads: one 8-byte index for each of 128 threads in 8 loads.
 ENTRIES = 1024

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.route_hits.op import route_hits
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 
 def _routes(case: Case, generator: torch.Generator) -> torch.Tensor:

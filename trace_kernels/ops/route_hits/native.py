@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from trace_kernels import native as compiled
-from trace_kernels.native import native, num_threads
+from trace_kernels.runtime import native as compiled
+from trace_kernels.runtime.native import native, num_threads
 
 cpu_unavailable = functools.partial(compiled.cpu_unavailable, "route_hits_cpu")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels import validate
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.route_hits import native, reference
+from trace_kernels.runtime import validate
+from trace_kernels.runtime.backends import OpBackends
 
 backends = OpBackends("route_hits")
 backends.register("reference", forward=reference.route_hits)

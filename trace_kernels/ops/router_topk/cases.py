@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trace_kernels.cases import Call, Case, OpCases, Traffic
 from trace_kernels.ops.router_topk.op import router_topk
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 Fill = Callable[[Case, torch.Generator], torch.Tensor]
 

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from trace_kernels import native as compiled
-from trace_kernels import validate
-from trace_kernels.native import address, native, num_threads
 from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
+from trace_kernels.runtime import native as compiled
+from trace_kernels.runtime import validate
+from trace_kernels.runtime.native import address, native, num_threads
 
 __all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from trace_kernels import cuda_backend, light_op, triton_backend, validate
-from trace_kernels.backends import OpBackends
 from trace_kernels.ops.record_routing.op import check_recording
 from trace_kernels.ops.router_topk import cuda, native, reference
 from trace_kernels.ops.router_topk.rule import GROUP_SCORES, SCORE_FUNCTIONS, Rule
+from trace_kernels.runtime import cuda_backend, light_op, triton_backend, validate
+from trace_kernels.runtime.backends import OpBackends
 
 backends = OpBackends("router_topk")
 backends.register("reference", forward=reference.forward, backward=reference.backward)

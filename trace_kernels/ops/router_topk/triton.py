@@ -16,8 +16,8 @@ import triton.language as tl
 
 from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
-from trace_kernels.recording import cdiv, size_of
-from trace_kernels.triton_common import launch, next_power_of_2, store_rounded
+from trace_kernels.runtime.recording import cdiv, size_of
+from trace_kernels.shared.triton_common import launch, next_power_of_2, store_rounded
 
 SOFTMAX, SIGMOID, SQRTSOFTPLUS, SOFTMAX_TOPK = (tl.constexpr(i) for i in range(len(SCORE_FUNCTIONS)))
 WARPS = 4

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 
-from trace_unlearn.encoding import IGNORE_INDEX
+from trace_unlearn.sources.encoding import IGNORE_INDEX
 
 
 def rows_of(batch: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

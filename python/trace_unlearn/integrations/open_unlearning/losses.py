@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 import trace_kernels as tk
-from trace_unlearn.calibrate import calibrate, select_experts
-from trace_unlearn.encoding import IGNORE_INDEX
+from trace_unlearn.calibration.calibrate import calibrate, select_experts
+from trace_unlearn.calibration.weights import attach_weights
 from trace_unlearn.errors import UserError
 from trace_unlearn.integrations import fused_loss_of
 from trace_unlearn.integrations.open_unlearning.documents import as_dataset, document_key, rows_of
 from trace_unlearn.integrations.open_unlearning.fused import FusedTrainer
-from trace_unlearn.objectives import ce_u, distance, npo, satimp, simnpo, undial, weighted_mean, wga
-from trace_unlearn.profile import profile_routing
-from trace_unlearn.weights import attach_weights
+from trace_unlearn.routing.profile import profile_routing
+from trace_unlearn.sources.encoding import IGNORE_INDEX
+from trace_unlearn.training.objectives import ce_u, distance, npo, satimp, simnpo, undial, weighted_mean, wga
 
 METHODS = ("GradDiff", "NPO", "SimNPO", "WGA", "SatImp", "UNDIAL", "CEU", "RMU")
 _WITH_REFERENCE_MODEL = ("UNDIAL", "RMU")
@@ -33,7 +33,7 @@ class _Retain(FusedTrainer):
     """The retain loss, token-weighted.
 
     Args:
-        weights: the rule of `trace_unlearn.calibrate`: "balance", "product", "ratio"; "uniform" for none.
+        weights: the rule of `trace_unlearn.calibration.calibrate`: "balance", "product", "ratio"; "uniform" for none.
         experts_per_layer, min_ess: see there.
         args, kwargs: of the class it stands before.
     """

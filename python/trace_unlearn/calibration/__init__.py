@@ -1,0 +1,1 @@
+"""From routing statistics to expert sets and token weights. Imports routing and sources."""

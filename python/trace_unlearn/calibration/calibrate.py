@@ -1,0 +1,344 @@
+"""The verb `calibrate`: forget-critical experts, and retain weights that make them as active as on forget data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import trace_kernels as tk
+from trace_unlearn import files
+from trace_unlearn.calibration.balance import DISTANCES, balance
+from trace_unlearn.calibration.feasible import checked_pairs, dependencies, reachable
+from trace_unlearn.calibration.patterns import Patterns
+from trace_unlearn.calibration.selection import (
+    Selection,
+    effective_tokens,
+    frequencies,
+    select_experts,
+    wilson_interval,
+)
+from trace_unlearn.calibration.top_tokens import heaviest_of_profile
+from trace_unlearn.calibration.weights import Calibration, lookup, matching
+from trace_unlearn.errors import UserError
+from trace_unlearn.routing.statistics import RoutingStatistics
+
+__all__ = ["RULES", "CalibrateOptions", "Calibration", "calibrate", "main", "select_experts"]
+
+RULES = ("balance", "additive", "product", "ratio", "uniform", "shuffled")
+FORMS = {"additive": ("linear", "sum"), "ratio": ("identity", "mean")}  # phi and reduce, where not ("exp", "sum")
+_MARGIN = 1e-6  # kept from the bounds, for the rounding of float32 weights
+
+
+def calibrate(
+    stats: RoutingStatistics,
+    selected: torch.Tensor | None = None,
+    *,
+    rule: str = "balance",
+    min_ess: float = 0.5,
+    max_weight: float = 20.0,
+    experts_per_layer: int | None = 4,
+    tau: float = 1.0,
+    rank: str = "log_ratio",
+    threshold: float | None = None,
+    max_experts: int | None = None,
+    min_count: int = 5,
+    ridge: float = 1e-6,
+) -> Calibration:
+    r"""Weights of the retain tokens, of mean 1, that bring the selected experts' frequencies nearer to the forget ones.
+
+    - "balance": minimise mean(w log w) + ||weighted r - f||^2 / (2 ridge), subject to mean(w) = 1 and w <= max_weight,
+      with the smallest ridge from `ridge` on for which the ESS is at least `min_ess` (see
+      `trace_unlearn.calibration.balance`).
+      Its weights are min(exp(mu + sum of lambda over the token's hits), max_weight).
+    - "additive": likewise with mean(w^2) / 2 in place of mean(w log w). Its weights are linear in the hits,
+      min(max(mu + sum of lambda over the token's hits, 0), max_weight): no weights of the same ESS have a smaller
+      squared mismatch, but a token may lose all its weight.
+    - "product": w proportional to the product of f / r over the token's hits.
+    - "ratio": w proportional to the mean of f / r over the token's hits, 1 without hits.
+    - "uniform": 1.
+    - "shuffled": the control: the weights of "balance", each given to a random token.
+
+    "product" and "ratio" are cut at max_weight or at the lower cap that keeps `min_ess`, the mean brought back to 1.
+    Deterministic, and the order of the tokens does not matter.
+
+    Args:
+        stats: what `profile` saw.
+        selected: [M, 2] (MoE layer, expert); by default what `select_experts` takes with the settings below.
+        rule: one of the above.
+        min_ess: the least effective sample size, (sum w)^2 / (N sum w^2), in [0, 1). Exact matching costs most of it:
+            this is the setting that matters.
+        max_weight: the largest weight, above 1.
+        experts_per_layer: this and the next five: see `trace_unlearn.calibration.selection.Selection`.
+        tau: least activation.
+        rank: the rule.
+        threshold: least rank value.
+        max_experts: at most so many in all.
+        min_count: fewest forget tokens.
+        ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
+
+    Raises:
+        UserError: nothing selected, nothing of it reachable by retain data, a setting out of range; with advice.
+    """
+    _check_settings(rule, min_ess, max_weight, ridge)
+    shuffle = rule == "shuffled"
+    rule = "balance" if shuffle else rule
+    selection = Selection(experts_per_layer, tau, rank, threshold, max_experts, min_count)
+    f_all, r_all = frequencies(stats)
+    L, E = f_all.shape
+    notes: list[str] = []
+    if selected is None:
+        selected = selection.take(stats)
+        if len(selected) == 0 and rule != "uniform":
+            raise UserError(selection.why_empty(stats))
+    selected = reachable(checked_pairs(selected, L, E), f_all, r_all, rule, notes)
+    f, r, f_tokens, r_tokens = (
+        values[selected[:, 0], selected[:, 1]]
+        for values in (f_all, r_all, effective_tokens(stats, "forget"), effective_tokens(stats, "retain"))
+    )
+    _, hits = tk.route_hits(stats.retain_routes, selected, E)
+    patterns = Patterns.of(hits, len(selected))
+    notes += dependencies(patterns, selected, f) if rule in DISTANCES else []
+
+    # The table is rounded to float32 first and the scale found after it, so that a live lookup gives the same weights.
+    values, ridge_used = _values(rule, patterns, f, r, ridge, min_ess, max_weight)
+    phi, reduce = FORMS.get(rule, ("exp", "sum"))
+    score = patterns.scores(values)
+    count = patterns.scores(torch.ones_like(values))
+    cap = _float32_below(max_weight)
+    if phi == "linear":
+        scale = DISTANCES[rule].scale(score, patterns.counts, cap)
+    else:
+        log_raw = lookup(score, count, phi, reduce, 1.0, math.inf).log() if phi == "identity" else score
+        if rule in ("product", "ratio"):
+            cap = _cap_for_ess(patterns, log_raw, cap, min_ess)
+        scale = math.exp(DISTANCES["balance"].scale(log_raw, patterns.counts, cap))
+    weights = lookup(score, count, phi, reduce, scale, cap).float()[patterns.token_pattern]
+
+    table, hit_table = (torch.zeros(L, E, dtype=torch.float32) for _ in range(2))
+    table[selected[:, 0], selected[:, 1]] = values.float()
+    hit_table[selected[:, 0], selected[:, 1]] = 1.0
+    outcome = matching(weights, hits, f)
+    _check_outcome(weights, outcome, min_ess, max_weight)
+    notes += _diagnose(rule, outcome, f, r, weights, stats.retain_offsets, ridge_used, ridge, min_ess)
+    found = Calibration(
+        rule=rule,
+        phi=phi,
+        reduce=reduce,
+        table=table,
+        hit_table=hit_table,
+        clip=cap,
+        scale=scale,
+        selected=selected,
+        f=f,
+        r=r,
+        f_interval=wilson_interval(f, f_tokens),
+        r_interval=wilson_interval(r, r_tokens),
+        token_weight=weights,
+        retain_offsets=stats.retain_offsets.clone(),
+        hits=hits,
+        retain_fingerprint=str(stats.meta.get("retain_fingerprint", "")),
+        choices={
+            "min_ess": min_ess,
+            "max_weight": max_weight,
+            **dataclasses.asdict(selection),
+            "intervals_by_document": stats.retain_design_effect is not None,
+            "ridge": ridge,
+            "ridge_used": ridge_used,
+            "layer_indices": stats.meta.get("layer_indices"),
+            "model": stats.meta.get("model"),
+            "model_type": stats.meta.get("model_type"),
+            "forget_fingerprint": stats.meta.get("forget_fingerprint"),
+        },
+        notes=notes,
+        **outcome,
+    )
+    return found.shuffled(0) if shuffle else found
+
+
+def _values(
+    rule: str,
+    patterns: Patterns,
+    f: torch.Tensor,
+    r: torch.Tensor,
+    ridge: float,
+    min_ess: float,
+    max_weight: float,
+) -> tuple[torch.Tensor, float | None]:
+    """The table's entries at the selected pairs, as float32 can hold them, and the ridge that gave them."""
+    ridge_used = None
+    if rule in DISTANCES:
+        bound = min_ess + _MARGIN if min_ess > 0 else 0.0
+        found = balance(patterns, f, ridge=ridge, min_ess=bound, cap=_float32_below(max_weight), rule=rule)
+        values, ridge_used = found.coefficients, found.ridge
+    elif rule == "product":
+        values = (f / r).log()
+    elif rule == "ratio":
+        values = f / r
+    else:  # "uniform"
+        values = torch.zeros_like(f)
+    return values.float().double(), ridge_used
+
+
+def _cap_for_ess(patterns: Patterns, log_raw: torch.Tensor, cap: float, min_ess: float) -> float:
+    """The largest cap up to `cap` that keeps the ESS: the lower the cap, the more even the weights."""
+    exponential = DISTANCES["balance"]
+
+    def keeps(tried: float) -> bool:
+        mu = exponential.scale(log_raw, patterns.counts, tried)
+        return patterns.ess(exponential.weights(log_raw + mu, tried)) >= min_ess + _MARGIN
+
+    if keeps(cap):
+        return cap
+    low, high = 1.0, cap
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return _float32_below(low)
+
+
+def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
+    if rule not in RULES:
+        raise UserError(f"rule: got {rule!r}, allowed: {', '.join(map(repr, RULES))}")
+    if not 0 <= min_ess <= 0.9999:
+        raise UserError(
+            f"min_ess: got {min_ess}, allowed is 0 <= min_ess <= 0.9999 (a share of the retain tokens); only uniform "
+            "weights reach 1, use rule 'uniform' for them"
+        )
+    if not 1.0001 <= max_weight < math.inf:
+        raise UserError(f"max_weight: got {max_weight}, allowed are finite numbers above 1: the mean weight is 1")
+    if not 0 < ridge < 1e6:
+        raise UserError(f"ridge: got {ridge}, allowed is above 0 and below 1e6")
+
+
+def _float32_below(value: float) -> float:
+    """The largest float32 that is not above `value`."""
+    rounded = np.float32(value)
+    return float(rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(0)))
+
+
+def _check_outcome(weights: torch.Tensor, outcome: dict[str, Any], min_ess: float, max_weight: float) -> None:
+    mean = float(weights.double().mean())
+    if not (abs(mean - 1) < 1e-5 and outcome["ess"] >= min_ess and outcome["largest_weight"] <= max_weight):
+        raise UserError(
+            f"the bounds cannot be kept together: mean weight {mean:.6f}, effective sample size {outcome['ess']:.4f} "
+            f"(min_ess {min_ess}), largest weight {outcome['largest_weight']:.4f} (max_weight {max_weight}); lower "
+            "min_ess or raise max_weight"
+        )
+
+
+def _diagnose(
+    rule: str,
+    outcome: dict[str, Any],
+    f: torch.Tensor,
+    r: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    ridge_used: float | None,
+    ridge: float,
+    min_ess: float,
+) -> list[str]:
+    notes = []
+    bound_active = ridge_used is not None and ridge_used > ridge and outcome["ess"] < min_ess + 1e-3
+    if bound_active:
+        notes.append("the bound on the effective sample size is active: a lower min_ess would match more closely")
+    elif rule in DISTANCES and outcome["max_error"] > 0.01:
+        notes.append(
+            f"no weights up to max_weight match all frequencies together (largest error {outcome['max_error']:.3f}); "
+            "these come nearest in the sum of squares"
+        )
+    if rule != "uniform" and outcome["mean_error"] > float((f - r).abs().mean()):
+        notes.append(f"rule {rule!r} matches worse than uniform weights do; try rule 'balance'")
+    if outcome["ess"] < 0.3:
+        notes.append(f"few tokens carry the retain loss (effective sample size {outcome['ess']:.2f}); raise min_ess")
+    share = _share_of_position(weights, offsets)
+    if share > 0.5:
+        notes.append(
+            f"the position in its document explains {share:.0%} of the variance of a token's weight: the routing seems "
+            "to tell document formats apart, not content; give forget and retain data the same format"
+        )
+    return notes
+
+
+def _share_of_position(weights: torch.Tensor, offsets: torch.Tensor) -> float:
+    """How much of the weights' variance the position among its document's tokens explains, beyond chance."""
+    w = weights.double().numpy()
+    starts = offsets.numpy()
+    positions = np.arange(len(w)) - np.repeat(starts[:-1], np.diff(starts))
+    variance = w.var()
+    sizes = np.bincount(positions)
+    groups = np.count_nonzero(sizes)
+    if variance < 1e-12 or len(w) < 2 * groups:
+        return 0.0
+    means = np.bincount(positions, w) / np.maximum(sizes, 1)
+    between = float((sizes * (means - w.mean()) ** 2).sum() / (len(w) * variance))
+    chance = (groups - 1) / (len(w) - 1)
+    return max(0.0, (between - chance) / (1 - chance))
+
+
+@dataclass
+class CalibrateOptions:
+    """Finds the forget-critical experts and weights the retain tokens so that these experts are kept in use.
+
+    Args:
+        profile: the folder that `profile` wrote.
+        output: the folder to write; must not exist.
+        rule: how weights follow from frequencies: "balance", "additive", "product", "ratio" or "uniform"; or the
+            control "shuffled".
+        experts_per_layer: at most so many forget-critical experts a layer; null for all that qualify.
+        tau: an expert qualifies from tau times the activation of a perfectly even routing on.
+        rank: what the most critical experts are: those of the highest "log_ratio" (f log(f / r)), "difference" (f - r),
+            "ratio" (f / r) or "z_score" ((f - r) over its standard error).
+        threshold: the least rank value; null for none.
+        max_experts: at most so many forget-critical experts over all layers; null for no such limit.
+        min_count: an expert qualifies when at least so many forget tokens activate it.
+        min_ess: the least effective sample size of the weights, as a share of the retain tokens.
+        max_weight: the largest weight; the mean is 1.
+        ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
+        show_tokens: print so many of the retain tokens with the largest weights, in their context; reads the retain
+            data again.
+    """
+
+    profile: str = "profile"
+    output: str = "calibration"
+    rule: str = "balance"
+    experts_per_layer: int | None = 4
+    tau: float = 1.0
+    rank: str = "log_ratio"
+    threshold: float | None = None
+    max_experts: int | None = None
+    min_count: int = 5
+    min_ess: float = 0.5
+    max_weight: float = 20.0
+    ridge: float = 1e-6
+    show_tokens: int = 0
+
+
+def check(options: CalibrateOptions) -> None:
+    """UserError for what can be told from the options alone."""
+    _check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
+    Selection(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Selection)})
+    if options.show_tokens < 0:
+        raise UserError(f"show_tokens: got {options.show_tokens}, allowed is 0 or more")
+
+
+def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
+    """Runs the verb: reads the statistics, calibrates, prints the outcome, writes the folder `options.output`."""
+    check(options)
+    files.refuse_existing(options.output)
+    say(f"calibrate: {options.profile}, rule {options.rule} -> {options.output}")
+    settings = dataclasses.asdict(options)
+    stats = RoutingStatistics.load(settings.pop("profile"))
+    found = calibrate(stats, **{k: v for k, v in settings.items() if k not in ("output", "show_tokens")})
+    say(found.summary())
+    found.save(options.output)
+    say(f"written to {options.output}")
+    if options.show_tokens:  # last: the retain data may be gone by now, and the weights are not to go with it
+        heaviest = heaviest_of_profile(found, stats.meta, options.show_tokens)
+        head = f"the {len(heaviest)} retain tokens with the largest weights, in brackets:"
+        say("\n".join([head, *map(str, heaviest)]))

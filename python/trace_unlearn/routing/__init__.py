@@ -1,0 +1,1 @@
+"""What routers choose: MoE layers, recorded routes, their statistics. Imports sources."""

@@ -1,0 +1,335 @@
+"""The verb `profile`: which experts the forget and the retain data activate in the model as it is."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import trace_kernels
+from trace_unlearn import files
+from trace_unlearn.errors import UserError
+from trace_unlearn.routing.recorder import RoutingRecorder, unwrap
+from trace_unlearn.routing.statistics import ROUTES, RoutingStatistics
+from trace_unlearn.sources.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing
+from trace_unlearn.sources.encoding import IGNORE_INDEX
+from trace_unlearn.sources.model import check_inputs, check_placement, input_device, load_model, load_tokenizer
+
+__all__ = ["ProfileOptions", "RoutingStatistics", "check", "main", "profile_routing"]
+
+
+def profile_routing(
+    model: PreTrainedModel,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    *,
+    batch_size: int = 8,
+    pad_token_id: int,
+    progress: bool = True,
+    output: str | os.PathLike[str] | None = None,
+    source: dict[str, Any] | None = None,
+) -> RoutingStatistics:
+    """Runs both data sets once through `model`, in eval mode and without gradients, and counts activations.
+
+    The result does not depend on `batch_size` beyond the rounding of the model's own arithmetic. It holds the experts
+    of every loss-bearing retain token, N * L * k bytes (twice that from 256 experts on): in memory, or with `output` in
+    a file, where memory stays bounded by a batch.
+
+    Args:
+        model: a causal MoE language model; left in the mode it came in.
+        forget: rows with input_ids and labels, as `load_tokens` gives them.
+        retain: likewise.
+        batch_size: documents a forward; documents of like length share one.
+        pad_token_id: what fills up short documents.
+        progress: whether to show a bar.
+        output: a folder to write, as `RoutingStatistics.save` does; it must not exist. The routes go into it as they
+            come, and what is returned maps them from there.
+        source: what goes into meta["source"]: where model and data came from, in the words of the verb's options.
+
+    Raises:
+        UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
+    """
+    _check_batch_size(batch_size)
+    overlap = check_disjoint(forget, retain)
+    return _to_output(output, source, model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress))
+
+
+def _to_output(
+    output: str | os.PathLike[str] | None,
+    source: dict[str, Any] | None,
+    model: PreTrainedModel,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    overlap: int,
+    run: _Run,
+) -> RoutingStatistics:
+    if output is None:
+        stats = _profile(model, forget, retain, overlap, run, None)
+        stats.meta["source"] = source
+        return stats
+    with files.staged_folder(output) as staged:
+        stats = _profile(model, forget, retain, overlap, run, staged / ROUTES)
+        stats.meta["source"] = source
+        stats.save_rest(staged)
+        del stats  # with the map of the file in the hidden folder
+    return RoutingStatistics.load(output)
+
+
+def _profile(
+    model: PreTrainedModel,
+    forget: datasets.Dataset,
+    retain: datasets.Dataset,
+    overlap: int,
+    run: _Run,
+    path: Path | None,
+) -> RoutingStatistics:
+    was_training = model.training
+    model.train(False)
+    try:
+        forget_offsets = run.offsets("forget", forget)
+        retain_offsets = run.offsets("retain", retain)
+        forget_side = run.count("forget", forget, forget_offsets, None)
+        routes = run.room_for_routes(int(retain_offsets[-1]), path)
+        retain_side = run.count("retain", retain, retain_offsets, routes)
+    finally:
+        model.train(was_training)
+    layers = run.recorder.layers
+    return RoutingStatistics(
+        forget_side.counts,
+        retain_side.counts,
+        int(forget_offsets[-1]),
+        int(retain_offsets[-1]),
+        routes.shape[2],
+        torch.from_numpy(routes),
+        torch.from_numpy(retain_offsets),
+        {
+            "model": getattr(model.config, "_name_or_path", ""),
+            "model_type": model.config.model_type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": [layer.name for layer in layers],
+            "layer_indices": [layer.layer_index for layer in layers],
+            "num_experts": forget_side.counts.shape[1],
+            "forget_fingerprint": fingerprint(forget),
+            "retain_fingerprint": fingerprint(retain),
+            "forget_documents": len(forget),
+            "retain_documents": len(retain),
+            "rows_in_both": overlap,
+            "versions": {
+                "trace_kernels": trace_kernels.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        forget_side.design_effect(),
+        retain_side.design_effect(),
+    )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size: got {batch_size}, allowed is 1 or more")
+
+
+class _Side:
+    """What one data set activates: counts over all tokens, and how unlike its documents are."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.counts = torch.zeros(0)
+        self._documents = 0
+        # Over documents d with n_d tokens of which y_d activate an expert: sums of y_d^2, y_d n_d [L, E], and n_d^2.
+        self._squares = torch.zeros((), dtype=torch.float64)
+        self._products = torch.zeros((), dtype=torch.float64)
+        self._sizes = 0.0
+
+    def add(self, chosen: torch.Tensor, sizes: torch.Tensor, num_experts: int) -> None:
+        """Takes in the routes [n, L, k] of whole documents of `sizes` [d] tokens; -1 is no expert."""
+        n, L = chosen.shape[:2]
+        document = torch.repeat_interleave(torch.arange(len(sizes), device=chosen.device), sizes, output_size=n)
+        place = (document[:, None] * L + torch.arange(L, device=chosen.device))[:, :, None] * (num_experts + 1)
+        place = place + torch.where(chosen < 0, num_experts, chosen)
+        hits = torch.bincount(place.flatten(), minlength=len(sizes) * L * (num_experts + 1))
+        hits = hits.view(len(sizes), L, num_experts + 1)[:, :, :num_experts].double().cpu()
+        length = sizes.double().cpu()
+        self._squares = self._squares + (hits**2).sum(0)
+        self._products = self._products + (hits * length[:, None, None]).sum(0)
+        self._sizes += float((length**2).sum())
+        self._documents += int((length > 0).sum())
+
+    def design_effect(self) -> torch.Tensor:
+        """[L, E] float32: the variance of the frequency when documents are drawn, over that when tokens are.
+
+        It is the linearised variance of a ratio of document sums, sum (y_d - p n_d)^2 D / ((D - 1) N^2), over
+        p (1 - p) / N. At least 1; 1 where the frequency is 0 or 1, and infinite for a single document, which says
+        nothing about how documents differ.
+        """
+        p = self.counts.double() / self.tokens
+        if self._documents < 2:
+            return torch.full(p.shape, torch.inf, dtype=torch.float32)
+        spread = self._squares - 2 * p * self._products + p**2 * self._sizes
+        among = spread * self._documents / ((self._documents - 1) * self.tokens)
+        effect = among / (p * (1 - p)).clamp(min=1e-300)
+        return torch.where((p > 0) & (p < 1), effect, 1.0).clamp(min=1).float()
+
+
+class _Run:
+    """One model over both data sets."""
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, pad_token_id: int, progress: bool) -> None:
+        self.model = model
+        self.recorder = RoutingRecorder(model, store_routes=True)
+        self.batch_size = batch_size
+        self.pad_token_id = pad_token_id
+        self.progress = progress
+        self.num_experts = max(layer.num_experts for layer in self.recorder.layers)
+        self.top_k = 0
+
+    def offsets(self, name: str, dataset: datasets.Dataset) -> npt.NDArray[np.int64]:
+        """[D + 1]: where each document's loss-bearing tokens begin."""
+        if len(dataset) == 0:
+            raise UserError(f"{name}: the data set is empty")
+        # Position t bears the loss of label t + 1; labels[0] has no position before it.
+        sizes = [sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        if offsets[-1] == 0:
+            raise UserError(f"{name}: no token bears loss: every label is {IGNORE_INDEX} or has no token before it")
+        return offsets
+
+    def room_for_routes(self, tokens: int, path: Path | None) -> npt.NDArray[Any]:
+        """[N, L, k]; the largest number of the dtype is a slot without a routed expert."""
+        shape = (tokens, len(self.recorder.layers), self.top_k)
+        dtype = np.uint8 if self.num_experts <= 255 else np.uint16
+        if path is None:
+            return np.empty(shape, dtype)
+        try:
+            room: npt.NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            # Now, and not as a signal when a page is written to a full disk.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
+        return room
+
+    @torch.no_grad()
+    def count(
+        self,
+        name: str,
+        dataset: datasets.Dataset,
+        offsets: npt.NDArray[np.int64],
+        stored: npt.NDArray[Any] | None,
+    ) -> _Side:
+        """Counts; writes the routes in the order of the data set to `stored`."""
+        device = input_device(self.model)
+        # Only routing is wanted: no cache, and no logits beyond one position.
+        accepted = inspect.signature(type(unwrap(self.model)).forward).parameters
+        options = {key: v for key, v in (("use_cache", False), ("logits_to_keep", 1)) if key in accepted}
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        order = sorted(
+            range(len(dataset)), key=lambda document: -lengths[document]
+        )  # longest first: it needs most memory
+        side = _Side(int(offsets[-1]))
+        self.recorder.reset()
+        with (
+            self.recorder,
+            tqdm(total=sum(lengths), desc=f"profiling {name}", unit=" tokens", disable=not self.progress) as bar,
+        ):
+            for start in range(0, len(order), self.batch_size):
+                documents = order[start : start + self.batch_size]
+                batch = collate([dataset[document] for document in documents], self.pad_token_id)
+                bearing = loss_bearing(batch["labels"], batch["attention_mask"])
+                self.recorder.mask_next(bearing)
+                inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+                self.model(**inputs, **options)
+                chosen = self._chosen(bearing)
+                side.add(chosen, bearing.sum(dim=1).to(chosen.device), self.num_experts)
+                if stored is not None:
+                    _store(stored, chosen.cpu().numpy(), documents, offsets)
+                bar.update(sum(lengths[document] for document in documents))
+        side.counts = self.recorder.counts.cpu()
+        return side
+
+    def _chosen(self, bearing: torch.Tensor) -> torch.Tensor:
+        """[n, L, k] int64: the experts of the loss-bearing tokens of the last forward, -1 for none."""
+        routes = self.recorder.routes
+        assert routes is not None  # the recorder has checked that every layer reported
+        self.top_k = routes.shape[3]
+        limits = torch.tensor([layer.num_experts for layer in self.recorder.layers], device=routes.device)[:, None]
+        return routes.masked_fill(routes >= limits, -1)[bearing.to(routes.device)]
+
+
+def _store(
+    stored: npt.NDArray[Any], chosen: npt.NDArray[np.int64], documents: list[int], offsets: npt.NDArray[np.int64]
+) -> None:
+    chosen = chosen.astype(stored.dtype)  # -1 becomes the largest number
+    begin = 0
+    for document in documents:
+        low, high = offsets[document], offsets[document + 1]
+        stored[low:high] = chosen[begin : begin + high - low]
+        begin += high - low
+
+
+@dataclass
+class ProfileOptions:
+    """Counts which experts of a model the forget and the retain data activate.
+
+    Args:
+        model: a checkpoint folder or hub name of a Mixture-of-Experts language model.
+        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name "owner/name[:config]".
+        retain: the data whose behaviour must stay.
+        output: the folder to write; must not exist.
+        max_length: the most tokens of a document; longer texts are cut into windows.
+        forget_limit: use only that many forget documents.
+        retain_limit: use only that many retain documents.
+        batch_size: documents a forward.
+        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
+        device: such as "cuda", "cuda:1" or "cpu"; by default a GPU where there is one.
+    """
+
+    model: str
+    forget: str
+    retain: str
+    output: str = "profile"
+    max_length: int = 512
+    forget_limit: int | None = None
+    retain_limit: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str | None = None
+
+
+def check(options: ProfileOptions) -> None:
+    """UserError for what can be told from the options alone."""
+    _check_batch_size(options.batch_size)
+    check_placement(options.dtype, options.device)
+
+
+def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
+    """Runs the verb: loads, profiles, writes the folder `options.output`."""
+    check(options)
+    files.refuse_existing(options.output)
+    say(f"profile: {options.model} on {options.forget} (forget) and {options.retain} (retain) -> {options.output}")
+    tokenizer = load_tokenizer(options.model, check_inputs(options.model))
+    forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
+    retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
+    overlap = check_disjoint(forget, retain)  # before the model is loaded
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    source = {name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")}
+    run = _Run(model, options.batch_size, tokenizer.pad_token_id, progress=True)
+    stats = _to_output(options.output, source, model, forget, retain, overlap, run)
+    say(
+        f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "
+        f"layers of {stats.forget_counts.shape[1]} experts, {stats.top_k} a token; written to {options.output}"
+    )

@@ -1,0 +1,234 @@
+"""The verb `run`: all steps, skipping, refusal, resuming after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trace_unlearn.files import read_json
+from trace_unlearn.sources.model import load_model
+from trace_unlearn.verbs import cli
+from trace_unlearn.verbs.lock import alone
+
+FORGET = [f"the capital of w{i} is w{i + 1} ." for i in range(12)]
+RETAIN = [f"the color of w{20 + i} is w{i} ." for i in range(24)]
+PRODUCTS = ("profile", "calibration", "model", "metrics.json", "report.html")
+
+
+@pytest.fixture
+def configuration(tmp_path, checkpoint):
+    """A run that takes seconds; (folder, path of config.yaml, run folder)."""
+    for name, texts in (("forget", FORGET), ("retain", RETAIN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "muse" / "privleak").mkdir(parents=True)
+    for name, texts in (("forget", FORGET), ("holdout", RETAIN)):
+        (tmp_path / "muse" / "privleak" / f"{name}.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (tmp_path / "config.yaml").write_text(
+        f"""
+model: {checkpoint("qwen3_moe")}
+forget: {tmp_path / "forget.jsonl"}
+retain: {tmp_path / "retain.jsonl"}
+output: {tmp_path / "run"}
+max_length: 64
+device: cpu
+profile:
+  batch_size: 4
+calibrate:
+  experts_per_layer: 2
+train:
+  steps: 3
+  batch_size: 2
+  save_steps: 1
+  learning_rate: 1.0e-3
+evaluate:
+  max_new_tokens: 0
+  suites:
+    muse:
+      data: {tmp_path / "muse"}
+      retrain_auc: 0.5
+"""
+    )
+    return tmp_path, tmp_path / "config.yaml", tmp_path / "run"
+
+
+def made(folder):
+    return {name: (folder / name).stat().st_mtime_ns for name in PRODUCTS if (folder / name).exists()}
+
+
+def test_all_steps_then_nothing_is_done_again(configuration, capsys):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config)]) == 0
+    assert list(made(folder)) == list(PRODUCTS)
+    assert "privleak" in read_json(folder / "metrics.json")["suites"][str(folder / "model")]["muse"]
+    measures = read_json(folder / "metrics.json")["checkpoints"]
+    assert len(measures) == 2
+    assert "routing_shift" in measures[str(folder / "model")]["forget"]
+    load_model(folder / "model", device="cpu")
+    before = made(folder)
+    capsys.readouterr()
+    assert cli.main(["run", "--config", str(config)]) == 0
+    assert made(folder) == before
+    assert capsys.readouterr().out.count("done already") == 5
+
+
+def test_attacks_are_a_step_of_their_own(configuration, checkpoint):
+    _, config, folder = configuration
+    retrained = str(checkpoint("qwen3_moe", seed=1))
+    words = ["--attacks", "[quantize, reroute]", "--attack.bits", "[4]", "--evaluate.retrained", retrained]
+    assert cli.main(["run", str(config), *words]) == 0
+    assert list(read_json(folder / "attacks.json")["models"]) == [str(folder / "model"), retrained]
+    for found in read_json(folder / "attacks.json")["models"].values():
+        assert list(found) == ["unattacked", "quantize_4", "reroute"]
+        assert set(found["reroute"]) == {"chosen", "critical"}
+    page = (folder / "report.html").read_text()
+    assert "without critical experts" in page
+    card = (folder / "model" / "README.md").read_text()
+    for text in ("this model", "without critical experts", "MUSE PrivLeak", "SHA-256 of the calibration"):
+        assert text in card
+    assert str(folder) not in card
+    assert "privleak" in page
+
+
+def test_a_step_is_made_again_when_its_product_is_gone(configuration):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config)]) == 0
+    before = made(folder)
+    (folder / "metrics.json").unlink()
+    assert cli.main(["run", str(config)]) == 0
+    after = made(folder)
+    assert {name for name in PRODUCTS if before[name] != after[name]} == {"metrics.json"}
+
+
+def test_other_options_are_refused_before_anything_is_done(configuration, capsys):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config), "--report", "false"]) == 0
+    before = made(folder)
+    assert cli.main(["run", str(config), "--calibrate.min_ess", "0.3"]) == 2
+    message = capsys.readouterr().err
+    assert "calibration" in message
+    assert "min_ess (was 0.5, now 0.3)" in message
+    assert made(folder) == before
+
+
+def test_other_data_is_refused(configuration, capsys):
+    folder_of_data, config, folder = configuration
+    assert cli.main(["run", str(config), "--report", "false"]) == 0
+    with (folder_of_data / "retain.jsonl").open("a") as file:
+        file.write('{"text": "w1 w2 w3"}\n')
+    assert cli.main(["run", str(config), "--report", "false"]) == 2
+    assert "other inputs: retain" in capsys.readouterr().err
+    (folder_of_data / "muse" / "privleak" / "forget.json").write_text('["w1 w2 w3"]')
+    assert cli.main(["run", str(config), "--report", "false"]) == 2
+    assert read_json(folder / "steps.json")["profile"]["options"]["batch_size"] == 4
+
+
+def test_a_product_of_unknown_origin_is_refused(configuration, capsys):
+    _, config, folder = configuration
+    (folder / "profile").mkdir(parents=True)
+    assert cli.main(["run", str(config)]) == 2
+    assert "no run made it" in capsys.readouterr().err
+
+
+def test_the_run_folder_may_move(configuration):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config), "--report", "false"]) == 0
+    folder.rename(folder.with_name("moved"))
+    before = made(folder.with_name("moved"))
+    assert cli.main(["run", str(config), "--report", "false", "--output", str(folder.with_name("moved"))]) == 0
+    assert made(folder.with_name("moved")) == before
+
+
+def test_uniform_weights_need_no_calibration(configuration):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config), "--train.weighting", "uniform", "--report", "false"]) == 0
+    assert list(made(folder)) == ["model", "metrics.json"]
+
+
+def test_a_dense_model_with_limits(configuration, checkpoint):
+    _, config, folder = configuration
+    words = ["--model", str(checkpoint("llama")), "--train.weighting", "uniform", "--report", "false"]
+    assert cli.main(["run", str(config), *words, "--forget_limit", "5", "--retain_limit", "9"]) == 0
+    for measures in read_json(folder / "metrics.json")["checkpoints"].values():
+        assert (measures["forget"]["rows"], measures["retain"]["rows"]) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--evaluate.others", '{"more": "typo.jsonl"}'], "evaluate.others.more: typo.jsonl: no such file"),
+        (["--evaluate.others", '{"forget": "typo.jsonl"}'], "evaluate.others.forget: typo.jsonl: no such file"),
+        (["--train.retain_eval", "typo.jsonl", "--train.stop_retain_nll", "9"], "train.retain_eval: typo.jsonl"),
+        (["--train.schedule", "steep"], "train: schedule: got 'steep', allowed: linear"),
+        (["--train.training", '{"eval_strategy": "steps"}'], "train: training: 'eval_strategy' is not allowed"),
+        (["--retain", "typo.jsonl"], "retain: typo.jsonl: no such file"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_done(configuration, capsys, words, said):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train.stepz", "3"], "train.stepz"),
+        (["--train.steps", "many"], "--train.steps: expected int"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--forget", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--train.objective", "magic"], "objective"),
+        (["--calibrate.min_ess", "7"], "min_ess"),
+        (["--evaluate.suites.muse", '{"data": "/nowhere"}'], "suites.muse: data: got '/nowhere'"),
+    ],
+)
+def test_mistakes_leave_no_product(configuration, capsys, words, said):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert set(made(folder)) <= {"profile", "calibration"}
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_two_runs_do_not_share_a_folder(configuration, capsys):
+    _, config, folder = configuration
+    folder.mkdir()
+    with alone(folder):
+        assert cli.main(["run", str(config)]) == 2
+    assert "another process is at work" in capsys.readouterr().err
+    assert made(folder) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", PRODUCTS[:3])
+def test_killed_anywhere_it_goes_on_to_the_same_model(configuration, product):
+    """Killed while the step after `product` is at work."""
+    _, config, folder = configuration
+    command = [sys.executable, "-m", "trace_unlearn.verbs.cli", "run", str(config), "--train.steps", "6"]
+    # As many threads as this process has: another number may round matrix products otherwise.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not (folder / product).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert (folder / product).exists()
+    assert cli.main(command[3:]) == 0
+    assert list(made(folder)) == list(PRODUCTS)
+    assert not list(folder.rglob("*.partial"))
+    whole = folder.with_name("whole")
+    assert cli.main([*command[3:], "--output", str(whole)]) == 0
+    ours, theirs = (load_model(each / "model", device="cpu").state_dict() for each in (folder, whole))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert os.path.exists(whole / "report.html")

@@ -1,0 +1,84 @@
+"""Registering an op's compiled CUDA kernels, and calling them on the right device and stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from trace_kernels.runtime.backends import OpBackends
+from trace_kernels.runtime.native import cuda_unavailable, native
+from trace_kernels.runtime.recording import is_recording, record
+
+#: Codes of the element types (csrc/common/cuda.cuh).
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_emulated: ModuleType | None = None
+
+
+@contextlib.contextmanager
+def emulation(module: ModuleType) -> Iterator[None]:
+    """Within it, the backend ``cuda`` serves CPU tensors by `module`: the same kernels, compiled for the CPU.
+
+    For tests without a GPU (tests/cuda); it shows what the kernels compute, and nothing else about them.
+    """
+    global _emulated
+    before, _emulated = _emulated, module
+    try:
+        yield
+    finally:
+        _emulated = before
+
+
+def unavailable() -> str | None:
+    """Why no compiled CUDA kernel can run here, or None when they can."""
+    return None if _emulated is not None or is_recording() else cuda_unavailable()
+
+
+def refuse_tensors(*args: Any) -> str | None:
+    """Why a call on these tensors cannot run: the device, or float64."""
+    device = "meta" if is_recording() else "cuda" if _emulated is None else "cpu"
+    for value in args:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.device.type != device:
+            return f"tensors are on {value.device}, it serves {device} only"
+        if value.dtype == torch.float64:
+            return "float64 is served by the reference only"
+    return None
+
+
+def register(backends: OpBackends, module: ModuleType, *functions: str) -> None:
+    """Add the backend ``cuda``: `functions`, and ``refuse`` if it is there, of `module`."""
+
+    def refuse(*args: Any) -> str | None:
+        if (reason := refuse_tensors(*args)) is not None or not hasattr(module, "refuse"):
+            return reason
+        own: str | None = module.refuse(*args)
+        return own
+
+    backends.register(
+        "cuda", unavailable=unavailable, refuse=refuse, **{name: getattr(module, name) for name in functions}
+    )
+
+
+def call(name: str, device: torch.device, *args: float) -> None:
+    """Run the compiled function `name` on `device`, on its current stream, or record it; a launch that fails raises."""
+    if is_recording():
+        record(name)
+        return
+    if _emulated is not None:
+        getattr(_emulated, name)(*args, 0)
+        return
+    with torch.cuda.device(device):
+        getattr(native(), name)(*args, torch.cuda.current_stream().cuda_stream)
+
+
+def most_blocks(device: torch.device, per_processor: int) -> int:
+    """Blocks that fill the device with `per_processor` of them each; kernels that walk over a grid start no more."""
+    if device.type != "cuda":
+        return 3
+    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,1 @@
+"""What several loss ops share: rows, chunks, weighting, the split vocabulary. Imports runtime."""

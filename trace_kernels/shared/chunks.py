@@ -1,0 +1,259 @@
+"""What the linear losses share on a GPU: products, the memory of a chunk of rows, and the head's gradient."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from trace_kernels.runtime.recording import cdiv, is_recording, record_product, size_of
+from trace_kernels.runtime.triton_backend import triton_unavailable
+
+
+def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a @ b`` with float32 products, sums and result: the operands' own dtype on the tensor cores."""
+    if record_product(2 * out.numel() * a.shape[1], size_of(a, b, out)):
+        return
+    if a.device.type == "cpu":
+        torch.mm(a.float(), b.float(), out=out)
+    elif a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def addmm_float32(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out += a @ b`` with a float32 `out`."""
+    if record_product(2 * out.numel() * a.shape[1], size_of(a, b, out, out)):
+        return
+    if a.device.type == "cpu":
+        torch.addmm(out, a.float(), b.float(), out=out)
+    elif a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: torch.Tensor | None, *, accumulate: bool = False
+) -> None:
+    """``out (+)= a @ b`` in float32. With `count`, int32 [1] on the device, the rows of a from there on do not matter.
+
+    When accumulating they are the terms of the sum that do not.
+    """
+    if count is not None:
+        from trace_kernels.shared.triton_matmul import counted_product  # imports Triton
+
+        counted_product(a, b, out, count, rows=not accumulate, accumulate=accumulate)
+    elif accumulate:
+        addmm_float32(out, a, b)
+    else:
+        mm_float32(a, b, out)
+
+
+def products_of(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> str:
+    """Whose products these operands get: TRACE_KERNELS_GEMM, "library" by default.
+
+    "triton": of Triton, which skip dropped rows; "fused": those without a gradient take the softmax too. Both are for
+    16-bit operands whose rows start on 32 bytes; others get the library's.
+    """
+    choice = choice or os.environ.get("TRACE_KERNELS_GEMM", "library")
+    if choice not in ("library", "triton", "fused"):
+        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library', 'triton' and 'fused'")
+    if choice == "library":
+        return choice
+    if not is_recording() and (reason := triton_unavailable()) is not None:
+        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed here is 'library': {reason}")
+    aligned = all(size % 16 == 0 for size in weight.shape)
+    return choice if aligned and hidden.dtype in (torch.bfloat16, torch.float16) else "library"
+
+
+def counting(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether products of these skip dropped rows."""
+    return products_of(hidden, weight) == "triton"
+
+
+def dense(matrix: torch.Tensor) -> torch.Tensor:
+    """What a product reads without a copy; made once, because each chunk multiplies with it."""
+    return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
+
+
+#: Bytes of what is kept of one chunk's [R, V], unless TRACE_KERNELS_CHUNK_BYTES says otherwise.
+CHUNK_BYTES = 640_000_000
+
+
+def chunk_rows(num_rows: int, bytes_per_row: int, budget: int = CHUNK_BYTES) -> int:
+    """Rows of a chunk of logits: at most 4096, within the byte budget, a multiple of 128 where it allows one.
+
+    Fewer than some 300 rows would make the products read the head faster than the memory delivers it.
+    """
+    text = os.environ.get("TRACE_KERNELS_CHUNK_BYTES", "")
+    try:
+        budget = int(float(text)) if text else budget
+    except ValueError:
+        budget = 0
+    if budget <= 0:
+        raise ValueError(f"TRACE_KERNELS_CHUNK_BYTES: got {text!r}, allowed is a positive number of bytes")
+    rows = min(4096, max(1, budget // max(1, bytes_per_row)))
+    if rows >= 128:
+        rows -= rows % 128
+    if rows >= num_rows:
+        return num_rows
+    # Even chunks: a last one of a few rows would cost a whole pass over the head.
+    even = cdiv(num_rows, cdiv(num_rows, rows))
+    return min(rows, cdiv(even, 128) * 128)
+
+
+#: Bytes of a block of float32 logits that the next kernel finds in the L2 cache of a data-centre GPU (40 MB and more).
+BLOCK_BYTES = 2**25
+#: A block's columns are a multiple of this, the tile of a row.
+BLOCK_STEP = 1024
+
+
+class Chunks:
+    """Memory for a chunk of rows: a block of float32 logits, and `dz` [R, V] in the dtype of the hidden states.
+
+    The vocabulary is walked in blocks so small that the row kernel reads a block's logits from the cache.
+
+    Attributes:
+        rows: of a chunk, R.
+        columns: of a block.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        num_classes: int,
+        gradient: bool,
+        buffers: int = 1,
+        whole: bool = False,
+        budget: int = CHUNK_BYTES,
+        rows: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """`buffers` of logits; with `whole` they keep all blocks of a chunk, because `dz` needs them again.
+
+        rows: of a chunk, whatever memory that takes.
+        overwrite: with `whole`, `dz` takes the place of the first of two logits.
+        """
+        self.num_rows, self.width = hidden.shape
+        self.num_classes = num_classes
+        self.whole = whole
+        # Rows start on 256 bytes: wide loads, whatever the vocabulary's size.
+        stride = cdiv(num_classes, 64) * 64
+        overwrite = overwrite and whole and gradient
+        apart = gradient and not overwrite
+        row_bytes = stride * ((hidden.element_size() if apart else 0) + (4 * buffers if whole else 0))
+        self.rows = chunk_rows(self.num_rows, row_bytes, budget) if rows is None else min(rows, self.num_rows)
+        # Three quarters of that beside `dz`: at 151936 classes 2048 rows then take less than 0.65 GB in all.
+        per_row = BLOCK_BYTES * (3 if apart and not whole else 4) // (16 * max(1, self.rows) * buffers)
+        self.columns = min(stride, max(BLOCK_STEP, per_row // BLOCK_STEP * BLOCK_STEP))
+        columns = stride if self.whole else self.columns
+
+        def matrix(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((self.rows, width), dtype=dtype, device=hidden.device)
+
+        self._logits = [matrix(columns, torch.float32) for _ in range(buffers)]
+        self._dz = self._logits[0].view(hidden.dtype) if overwrite else matrix(stride if gradient else 0, hidden.dtype)
+        self._result: torch.Tensor | None = None
+
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, self.num_rows, max(1, self.rows)):
+            yield slice(start, min(start + self.rows, self.num_rows))
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, self.num_classes, self.columns):
+            yield slice(start, min(start + self.columns, self.num_classes))
+
+    def logits(self, rows: slice, block: slice, buffer: int = 0) -> torch.Tensor:
+        """[R, columns of the block] float32."""
+        start = block.start if self.whole else 0
+        return self._logits[buffer][: rows.stop - rows.start, start : start + block.stop - block.start]
+
+    def dz(self, rows: slice) -> torch.Tensor:
+        """[R, V], without columns when no gradient is wanted."""
+        return self._dz[: rows.stop - rows.start, : self.num_classes]
+
+    def times(self, dz: torch.Tensor, weight: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+        """``dz @ weight`` [R, H] in float32, in memory that the next logits or the next call use again."""
+        if self._result is None:
+            logits, size = self._logits[-1], self.rows * self.width
+            if logits.numel() >= size:  # the chunk is done with them
+                self._result = logits.view(-1)[:size].view(self.rows, self.width)
+            else:
+                self._result = torch.empty((self.rows, self.width), dtype=torch.float32, device=dz.device)
+        out = self._result[: dz.shape[0]]
+        product(dz, weight, out, count)
+        return out
+
+
+#: (rows [R, H], factor [R], out or None) -> factor_t * rows_t, rounded once, and 0 where the factor is 0.
+ScaledRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class WeightGradient:
+    """The float32 sum over chunks of ``dz^T (factor * hidden)`` [V, H]."""
+
+    def __init__(self, scaled_rows: ScaledRows, weight: torch.Tensor, wanted: bool = True) -> None:
+        self.scaled_rows = scaled_rows
+        self.dtype = weight.dtype
+        shape = (weight.shape[0] if wanted else 0, weight.shape[1])
+        self.total = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        self.empty = True
+
+    def add(self, dz: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor, count: torch.Tensor | None) -> None:
+        rows = self.scaled_rows(hidden, factor, None)
+        if self.empty and count is not None:
+            self.total.zero_()
+        product(dz.T, rows, self.total, count, accumulate=count is not None or not self.empty)
+        self.empty = False
+
+    def result(self, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Times `scale`, in the weight's dtype."""
+        if self.empty:
+            self.total.zero_()
+        total: torch.Tensor = self.total
+        if scale is not None:
+            total.mul_(scale)
+        return total.to(self.dtype)
+
+
+def split_scale(factor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Factors [T] of rows of `dtype`, and what to multiply the sum of their products with; None is 1.
+
+    A loss scale, or one over the number of tokens, would take float16 rows out of their range.
+    """
+    if dtype != torch.float16 or not len(factor):
+        return factor, None
+    largest = factor.abs().amax()
+    largest = torch.where(largest == 0, 1, largest)
+    return factor / largest, largest
+
+
+class KeptFirst:
+    """Rows in an order that puts the kept ones first, found without asking the device how many they are.
+
+    Attributes:
+        number: int32 [1], how many are kept.
+    """
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        """kept: [T] bool."""
+        before = kept.cumsum(0)
+        self.number = before[-1:].int() if len(kept) else kept.new_zeros(1, dtype=torch.int32)
+        # A kept row comes after the kept ones before it, a dropped one after all kept and the dropped before it.
+        place = torch.where(kept, before - 1, self.number + (~kept).cumsum(0) - 1)
+        self._order = torch.empty_like(place).scatter_(0, place, torch.arange(len(kept), device=kept.device))
+
+    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.index_select(0, self._order)
+
+    def scattered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Back in the order that they came in; rows of no length stay so."""
+        return torch.empty_like(rows).index_copy_(0, self._order, rows) if len(rows) else rows
+
+    def in_chunk(self, rows: slice) -> torch.Tensor:
+        """int32 [1], how many of the chunk's rows are kept."""
+        count: torch.Tensor = (self.number - rows.start).clamp_(0, rows.stop - rows.start)
+        return count
