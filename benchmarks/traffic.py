@@ -79,14 +79,13 @@ class Plan:
 def plan(call: Callable[[], object]) -> Plan:
     with recording() as recorded, TorchOperations() as torch_operations:
         call()
-    # Our own products count as if they ran at the library's speed.
-    products = [entry for entry in recorded if isinstance(entry, Product) or entry.flops]
+    products = [entry for entry in recorded if isinstance(entry, Product)]
     product_seconds = sum(max(entry.flops / FLOPS, entry.bytes / BANDWIDTH) for entry in products)
     # Everything passes through the L2 cache; what is not already there also comes from memory.
     kernels = [
         max((entry.bytes - entry.cached) / BANDWIDTH, entry.bytes / CACHE_BANDWIDTH)
         for entry in recorded
-        if isinstance(entry, Launch) and not entry.flops
+        if isinstance(entry, Launch)
     ]
     other_seconds = sum(kernels) + sum(torch_operations.bytes) / BANDWIDTH
     launches = len(products) + len(kernels) + len(torch_operations.bytes)
@@ -100,8 +99,6 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def linear_calls(model: Model) -> dict[str, tuple[str, int, Callable[[], object]]]:
     """By what is computed: the op, the products that the floor counts, the call."""
     from trace_kernels.ops.linear_cross_entropy import triton as linear
-    from trace_kernels.ops.linear_cross_entropy.chunked import Options, Rows
-    from trace_kernels.ops.linear_cross_entropy.fused import log_prob
     from trace_kernels.ops.linear_kl import triton as kl
     from trace_kernels.shared.triton_common import scaled_rows
 
@@ -126,12 +123,8 @@ def linear_calls(model: Model) -> dict[str, tuple[str, int, Callable[[], object]
             if gradient.numel():
                 scaled_rows(gradient, empty(gradient.shape[0], dtype=torch.float32))
 
-    def fused() -> None:
-        log_prob(hidden, weight, Rows(model.V, None, target, row), Options(*options))
-
     return {
         "log-probabilities only": ("linear_log_prob", 1, lambda: cross_entropy(False, False)),
-        "log-probabilities only, fused": ("linear_log_prob", 1, fused),
         "frozen head, any weights": ("linear_cross_entropy", 2, lambda: cross_entropy(True, False)),
         "trainable head, known weights": ("linear_cross_entropy", 3, lambda: cross_entropy(True, True)),
         "trainable head, unknown weights": ("linear_log_prob", 4, unknown_gradient),

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from trace_kernels.runtime.recording import cdiv, is_recording, record_product, size_of
-from trace_kernels.runtime.triton_backend import triton_unavailable
+from trace_kernels.runtime.recording import cdiv, record_product, size_of
 
 
 def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -33,45 +32,6 @@ def addmm_float32(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(out, a, b, out=out)
     else:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-
-
-def product(
-    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: torch.Tensor | None, *, accumulate: bool = False
-) -> None:
-    """``out (+)= a @ b`` in float32. With `count`, int32 [1] on the device, the rows of a from there on do not matter.
-
-    When accumulating they are the terms of the sum that do not.
-    """
-    if count is not None:
-        from trace_kernels.shared.triton_matmul import counted_product  # imports Triton
-
-        counted_product(a, b, out, count, rows=not accumulate, accumulate=accumulate)
-    elif accumulate:
-        addmm_float32(out, a, b)
-    else:
-        mm_float32(a, b, out)
-
-
-def products_of(hidden: torch.Tensor, weight: torch.Tensor, choice: str | None = None) -> str:
-    """Whose products these operands get: TRACE_KERNELS_GEMM, "library" by default.
-
-    "triton": of Triton, which skip dropped rows; "fused": those without a gradient take the softmax too. Both are for
-    16-bit operands whose rows start on 32 bytes; others get the library's.
-    """
-    choice = choice or os.environ.get("TRACE_KERNELS_GEMM", "library")
-    if choice not in ("library", "triton", "fused"):
-        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed are 'library', 'triton' and 'fused'")
-    if choice == "library":
-        return choice
-    if not is_recording() and (reason := triton_unavailable()) is not None:
-        raise ValueError(f"TRACE_KERNELS_GEMM: got {choice!r}, allowed here is 'library': {reason}")
-    aligned = all(size % 16 == 0 for size in weight.shape)
-    return choice if aligned and hidden.dtype in (torch.bfloat16, torch.float16) else "library"
-
-
-def counting(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether products of these skip dropped rows."""
-    return products_of(hidden, weight) == "triton"
 
 
 def dense(matrix: torch.Tensor) -> torch.Tensor:
@@ -175,7 +135,7 @@ class Chunks:
         """[R, V], without columns when no gradient is wanted."""
         return self._dz[: rows.stop - rows.start, : self.num_classes]
 
-    def times(self, dz: torch.Tensor, weight: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+    def times(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dz @ weight`` [R, H] in float32, in memory that the next logits or the next call use again."""
         if self._result is None:
             logits, size = self._logits[-1], self.rows * self.width
@@ -184,7 +144,7 @@ class Chunks:
             else:
                 self._result = torch.empty((self.rows, self.width), dtype=torch.float32, device=dz.device)
         out = self._result[: dz.shape[0]]
-        product(dz, weight, out, count)
+        mm_float32(dz, weight, out)
         return out
 
 
@@ -202,11 +162,12 @@ class WeightGradient:
         self.total = torch.empty(shape, dtype=torch.float32, device=weight.device)
         self.empty = True
 
-    def add(self, dz: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor, count: torch.Tensor | None) -> None:
+    def add(self, dz: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor) -> None:
         rows = self.scaled_rows(hidden, factor, None)
-        if self.empty and count is not None:
-            self.total.zero_()
-        product(dz.T, rows, self.total, count, accumulate=count is not None or not self.empty)
+        if self.empty:
+            mm_float32(dz.T, rows, self.total)
+        else:
+            addmm_float32(self.total, dz.T, rows)
         self.empty = False
 
     def result(self, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -229,31 +190,3 @@ def split_scale(factor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
     largest = factor.abs().amax()
     largest = torch.where(largest == 0, 1, largest)
     return factor / largest, largest
-
-
-class KeptFirst:
-    """Rows in an order that puts the kept ones first, found without asking the device how many they are.
-
-    Attributes:
-        number: int32 [1], how many are kept.
-    """
-
-    def __init__(self, kept: torch.Tensor) -> None:
-        """kept: [T] bool."""
-        before = kept.cumsum(0)
-        self.number = before[-1:].int() if len(kept) else kept.new_zeros(1, dtype=torch.int32)
-        # A kept row comes after the kept ones before it, a dropped one after all kept and the dropped before it.
-        place = torch.where(kept, before - 1, self.number + (~kept).cumsum(0) - 1)
-        self._order = torch.empty_like(place).scatter_(0, place, torch.arange(len(kept), device=kept.device))
-
-    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.index_select(0, self._order)
-
-    def scattered(self, rows: torch.Tensor) -> torch.Tensor:
-        """Back in the order that they came in; rows of no length stay so."""
-        return torch.empty_like(rows).index_copy_(0, self._order, rows) if len(rows) else rows
-
-    def in_chunk(self, rows: slice) -> torch.Tensor:
-        """int32 [1], how many of the chunk's rows are kept."""
-        count: torch.Tensor = (self.number - rows.start).clamp_(0, rows.stop - rows.start)
-        return count

@@ -33,7 +33,6 @@ class Launch:
         num_warps, num_stages: warps of a program, and how far its loads run ahead of its products.
         bytes: global memory that it reads and writes.
         cached: how many of these the launch before left in the L2 cache.
-        flops: of matrix products.
     """
 
     kernel: Any
@@ -44,7 +43,6 @@ class Launch:
     num_stages: int
     bytes: int
     cached: int
-    flops: int
 
 
 def launch(
@@ -55,7 +53,6 @@ def launch(
     bytes: int,
     num_stages: int = 3,
     cached: int = 0,
-    flops: int = 0,
     **constants: Any,
 ) -> None:
     """Run `kernel`, or record it; an empty grid does nothing."""
@@ -64,7 +61,7 @@ def launch(
     if is_recording():
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True))
-        record(Launch(kernel, grid, arguments, constants, num_warps, num_stages, bytes, cached, flops))
+        record(Launch(kernel, grid, arguments, constants, num_warps, num_stages, bytes, cached))
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

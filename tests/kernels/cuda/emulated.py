@@ -128,17 +128,5 @@ def main(path, op, *wanted):
             print(json.dumps({"case": "no_label", "order": order, "problems": problems, "refused": ""}))
 
 
-def counted(path):
-    """The linear ops where their products skip dropped rows, which is Triton's part, in its interpreter."""
-    from kernel_checks import counted
-
-    from trace_kernels.ops.linear_cross_entropy import cuda as linear
-    from trace_kernels.ops.linear_kl import cuda as kl
-    from trace_kernels.runtime.cuda_backend import emulation
-
-    with emulation(load(path)):
-        counted(linear, kl)
-
-
 if __name__ == "__main__":
-    counted(sys.argv[1]) if sys.argv[2] == "counted" else main(*sys.argv[1:])
+    main(*sys.argv[1:])

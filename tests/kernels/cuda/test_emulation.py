@@ -13,8 +13,6 @@ import sys
 import pytest
 from emulated import HERE, ORDERS, ROOT, build, preload
 
-from trace_kernels.runtime.triton_backend import interpreter_unavailable
-
 OPS = ("record_routing_", "cross_entropy", "router_topk", "linear_cross_entropy", "linear_log_prob", "linear_kl")
 
 pytestmark = [
@@ -57,9 +55,3 @@ def test_refusals_are_those_of_the_design(records):
         "it computes in float32, weights_dtype is float64",
         "a warp holds up to 1024 experts and 64 chosen, not 3001 and 100",
     }
-
-
-@pytest.mark.skipif(interpreter_unavailable() is not None, reason=str(interpreter_unavailable()))
-def test_products_that_skip_dropped_rows(module):
-    path = os.pathsep.join([str(ROOT / "tests" / "triton"), *sys.path])
-    output_of(module, "counted", PYTHONPATH=path, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore")

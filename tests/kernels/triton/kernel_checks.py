@@ -10,17 +10,13 @@ import pytest
 import torch
 from no_label import no_label_problems
 
-from trace_kernels.ops.linear_cross_entropy import fused
 from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
 from trace_kernels.ops.linear_cross_entropy import triton as linear
 from trace_kernels.ops.linear_kl import chunked as kl_chunks
 from trace_kernels.ops.linear_kl import reference as kl_reference
 from trace_kernels.ops.linear_kl import triton as kl
 from trace_kernels.shared import chunks as chunk_memory
-from trace_kernels.shared.chunks import KeptFirst, counting, products_of
-from trace_kernels.shared.losses import NO_LABEL
 from trace_kernels.shared.triton_common import scaled_rows
-from trace_kernels.shared.triton_matmul import counted_product
 
 CHECKS = {}
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -155,86 +151,6 @@ def blocks_and_chunks_of_linear_kl():
         linear_kl(torch.float32, 30.0)
 
 
-def counted(linear, kl):
-    """The functions of two backend modules where products skip dropped rows."""
-    os.environ["TRACE_KERNELS_GEMM"] = "triton"
-    hidden, weight, *_ = inputs(torch.bfloat16)
-    assert counting(hidden, weight)
-    assert not counting(hidden.float(), weight.float())
-    assert not counting(hidden, weight[:101])
-    try:
-        with small_memory(rows=4):
-            linear_cross_entropy(torch.bfloat16, bias=True, softcap=None, linear=linear)
-            linear_cross_entropy(torch.float16, bias=False, softcap=30.0, linear=linear)
-            linear_kl(torch.bfloat16, None, kl=kl)
-    finally:
-        del os.environ["TRACE_KERNELS_GEMM"]
-
-
-@check
-def counted_products_give_the_same():
-    counted(linear, kl)
-
-
-@check
-def a_product_with_the_softmax_in_its_epilogue():
-    before = fused.GROUP_BYTES
-    for dtype, bias, softcap, T, H, group_bytes in (
-        (torch.bfloat16, False, None, 9, 16, before),
-        (torch.float16, True, 30.0, 140, 64, 1),
-    ):
-        hidden, weight, target, row_weight, offset = inputs(dtype, T, H)
-        target[7], target[8] = NO_LABEL, 4400
-        arguments = (hidden, weight, offset if bias else None, target, row_weight, -100, softcap, 0.7, False, False)
-        os.environ["TRACE_KERNELS_GEMM"], fused.GROUP_BYTES = "fused", group_bytes
-        try:
-            assert products_of(hidden, weight) == "fused"
-            got = linear.forward(*arguments)
-        finally:
-            del os.environ["TRACE_KERNELS_GEMM"]
-            fused.GROUP_BYTES = before
-        expected = linear_reference.forward(*arguments)
-        torch.testing.assert_close(got[0], expected[0], rtol=4e-6, atol=4e-6, equal_nan=True)
-        expected[1][8] = float("nan")  # of a target that is no class
-        torch.testing.assert_close(got[1], expected[1], rtol=4e-6, atol=4e-6, equal_nan=True)
-
-
-@check
-def counted_product_stops_at_the_count():
-    a, b = torch.randn(300, 40).bfloat16(), torch.randn(40, 70).bfloat16()
-    a[130:] = float("nan")
-    expected = a[:130].double() @ b.double()
-    out = torch.full((300, 70), -7.0)
-    counted_product(a, b, out, torch.tensor([130], dtype=torch.int32), rows=True)
-    torch.testing.assert_close(out[:130].double(), expected, rtol=1e-5, atol=1e-5)
-    assert (out[256:] == -7).all()  # whole tiles beyond the count are not touched
-    counted_product(a, b, out.fill_(-7), torch.tensor([0], dtype=torch.int32), rows=True)
-    assert (out == -7).all()
-
-
-@check
-def counted_sum_stops_at_the_count():
-    a, b = torch.randn(300, 40).bfloat16(), torch.randn(300, 70).bfloat16()
-    a[130:] = float("nan")
-    expected = 1 + a[:130].double().T @ b[:130].double()
-    out = torch.ones(40, 70)
-    counted_product(a.T, b, out, torch.tensor([130], dtype=torch.int32), rows=False, accumulate=True)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@check
-def kept_rows_come_first():
-    kept = torch.tensor([False, True, True, False, True, False])
-    order = KeptFirst(kept)
-    rows = torch.arange(6)
-    assert order.gathered(rows).tolist() == [1, 2, 4, 0, 3, 5]
-    assert order.scattered(order.gathered(rows)).tolist() == rows.tolist()
-    assert order.number.tolist() == [3]
-    assert [order.in_chunk(slice(s, s + 2)).item() for s in (0, 2, 4)] == [2, 1, 0]
-    assert KeptFirst(torch.zeros(0, dtype=torch.bool)).number.tolist() == [0]
-    assert KeptFirst(torch.zeros(3, dtype=torch.bool)).gathered(rows[:3]).tolist() == [0, 1, 2]
-
-
 @check
 def scaled_rows_round_once_and_drop_rows_of_factor_0():
     rows = torch.randn(5, 3000).bfloat16()
@@ -247,13 +163,12 @@ def scaled_rows_round_once_and_drop_rows_of_factor_0():
 
 @check
 def a_wrong_setting_is_an_error():
-    for name, value in (("TRACE_KERNELS_CHUNK_BYTES", "many"), ("TRACE_KERNELS_GEMM", "fast")):
-        os.environ[name] = value
-        try:
-            with pytest.raises(ValueError, match=f"{name}: got '{value}'"):
-                linear_cross_entropy(torch.bfloat16, bias=False, softcap=None)
-        finally:
-            del os.environ[name]
+    os.environ["TRACE_KERNELS_CHUNK_BYTES"] = "many"
+    try:
+        with pytest.raises(ValueError, match="TRACE_KERNELS_CHUNK_BYTES: got 'many'"):
+            linear_cross_entropy(torch.bfloat16, bias=False, softcap=None)
+    finally:
+        del os.environ["TRACE_KERNELS_CHUNK_BYTES"]
 
 
 def main():

@@ -123,30 +123,6 @@ def router_topk():
     forward(empty(128, T, dtype=BF16).T, rule, None, None, None, True, BF16, False)
 
 
-def counted_products():
-    from trace_kernels.shared.chunks import products_of
-    from trace_kernels.shared.triton_matmul import counted_product
-
-    count = empty(1, dtype=torch.int32)
-    for dtype, H, V in ((BF16, 2048, 151936), (FP16, 2880, 201088)):
-        hidden, weight, dz = empty(2048, H, dtype=dtype), empty(V, H, dtype=dtype), empty(2048, V, dtype=dtype)
-        assert products_of(hidden, weight, choice="triton") == "triton"
-        counted_product(hidden, weight[:4096].T, empty(2048, len(weight[:4096])), count, rows=True)
-        counted_product(dz, weight, empty(2048, H), count, rows=True)
-        counted_product(dz.T, hidden, empty(V, H), count, rows=False, accumulate=True)
-
-
-def fused_log_prob():
-    from trace_kernels.ops.linear_cross_entropy.chunked import Options, Rows
-    from trace_kernels.ops.linear_cross_entropy.fused import log_prob
-
-    T = 8192
-    for dtype, H, V in ((BF16, 2048, 151936), (FP16, 2880, 201088)):
-        for bias, row_weight, softcap in ((None, None, None), (empty(V), empty(T), 30.0)):
-            rows = Rows(V, bias, empty(T, dtype=torch.int64), row_weight)
-            log_prob(empty(T, H, dtype=dtype), empty(V, H, dtype=dtype), rows, Options(-100, softcap, 1.0))
-
-
 OPS = {
     function.__name__: function
     for function in (
@@ -155,8 +131,6 @@ OPS = {
         cross_entropy,
         linear_cross_entropy,
         linear_kl,
-        counted_products,
-        fused_log_prob,
     )
 }
 

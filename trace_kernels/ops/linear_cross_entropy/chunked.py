@@ -14,13 +14,10 @@ import torch
 
 from trace_kernels.shared.chunks import (
     Chunks,
-    KeptFirst,
     ScaledRows,
     WeightGradient,
-    counting,
     dense,
-    product,
-    products_of,
+    mm_float32,
     split_scale,
 )
 
@@ -90,37 +87,8 @@ def forward(
     """Logp [T], lse [T], dhidden [T, H], dweight [V, H], dbias [V]; those not wanted are empty."""
     options = Options(ignore_index, softcap, logit_scale)
     weight = dense(weight)
-    products = products_of(hidden, weight)
-    if products == "fused" and not (want_dhidden or want_dweight):
-        from trace_kernels.ops.linear_cross_entropy import fused  # imports Triton
-
-        logp, lse = fused.log_prob(hidden, weight, Rows(weight.shape[0], bias, target, row_weight), options)
-        return logp, lse, hidden.new_empty(0, hidden.shape[1]), weight.new_empty(0, weight.shape[1]), lse.new_empty(0)
-    if products != "triton":
-        rows = Rows(weight.shape[0], bias, target, row_weight)
-        return _forward(kernels, hidden, weight, rows, options, want_dhidden, want_dweight, None)
-    order = KeptFirst(target != ignore_index if row_weight is None else (target != ignore_index) & (row_weight != 0))
-    rows = Rows(
-        weight.shape[0], bias, order.gathered(target), None if row_weight is None else order.gathered(row_weight)
-    )
-    logp, lse, dhidden, dweight, dbias = _forward(
-        kernels, order.gathered(hidden), weight, rows, options, want_dhidden, want_dweight, order
-    )
-    return order.scattered(logp), order.scattered(lse), order.scattered(dhidden), dweight, dbias
-
-
-def _forward(
-    kernels: RowKernels,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    all_rows: Rows,
-    options: Options,
-    want_dhidden: bool,
-    want_dweight: bool,
-    order: KeptFirst | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward` of rows of which, with `order`, the kept ones come first."""
     (T, H), V = hidden.shape, weight.shape[0]
+    all_rows = Rows(V, bias, target, row_weight)
     gradient = want_dhidden or want_dweight
     # float16 has no exponents for unnormalised exponentials: its logits are kept until the row's sum is known.
     scaled = gradient and hidden.dtype != torch.float16
@@ -134,20 +102,19 @@ def _forward(
     state = torch.empty((3, chunks.rows), dtype=torch.float32, device=hidden.device)
     for chunk in chunks.slices():
         dz, rows = chunks.dz(chunk), _of(all_rows, chunk)
-        count = None if order is None else order.in_chunk(chunk)
         for block in chunks.blocks():
             z = chunks.logits(chunk, block)
-            product(hidden[chunk], weight[block].T, z, count)
+            mm_float32(hidden[chunk], weight[block].T, z)
             kernels.block(z, dz, rows, state, block.start, options, scaled)
         kernels.finish(dz, rows, state, logp[chunk], lse[chunk], factor[chunk], options, scaled)
         if twice:
             z = chunks.logits(chunk, slice(0, V))
             kernels.gradient(z, dz, rows, 0, lse[chunk], factor[chunk], options, False, False)
         if want_dhidden:
-            kernels.scaled_rows(chunks.times(dz, weight, count), factor[chunk], dhidden[chunk])
+            kernels.scaled_rows(chunks.times(dz, weight), factor[chunk], dhidden[chunk])
         if want_dweight:
             scale = factor[chunk] if rows.weight is None else factor[chunk] * rows.weight
-            dweight.add(dz, hidden[chunk], scale, count)
+            dweight.add(dz, hidden[chunk], scale)
             if rows.bias is not None:
                 kernels.column_sums(dz, scale, dbias)
     return logp, lse, dhidden, dweight.result(), dbias
@@ -170,10 +137,6 @@ def backward_weight(
     options = Options(ignore_index, softcap, logit_scale)
     weight = dense(weight)
     row_grad, scale = split_scale(row_grad, hidden.dtype)
-    order = None
-    if counting(hidden, weight):
-        order = KeptFirst((target != ignore_index) & (row_grad != 0))
-        hidden, target, lse, row_grad = (order.gathered(rows) for rows in (hidden, target, lse, row_grad))
     all_rows = Rows(weight.shape[0], bias, target, row_grad)
     factor = torch.empty(T, dtype=torch.float32, device=hidden.device)
     dweight = WeightGradient(kernels.scaled_rows, weight)
@@ -181,12 +144,11 @@ def backward_weight(
     chunks = Chunks(hidden, V, gradient=True)
     for chunk in chunks.slices():
         dz, rows = chunks.dz(chunk), _of(all_rows, chunk)
-        count = None if order is None else order.in_chunk(chunk)
         for block in chunks.blocks():
             z = chunks.logits(chunk, block)
-            product(hidden[chunk], weight[block].T, z, count)
+            mm_float32(hidden[chunk], weight[block].T, z)
             kernels.gradient(z, dz, rows, block.start, lse[chunk], factor[chunk], options, True, True)
-        dweight.add(dz, hidden[chunk], factor[chunk], count)
+        dweight.add(dz, hidden[chunk], factor[chunk])
         if bias is not None:
             kernels.column_sums(dz, factor[chunk], dbias)
     return dweight.result(scale), dbias if scale is None else dbias.mul_(scale)

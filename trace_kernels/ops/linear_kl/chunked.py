@@ -22,12 +22,10 @@ import torch
 from trace_kernels.shared.chunks import (
     CHUNK_BYTES,
     Chunks,
-    KeptFirst,
     ScaledRows,
     WeightGradient,
-    counting,
     dense,
-    product,
+    mm_float32,
     split_scale,
 )
 
@@ -80,48 +78,20 @@ class RowKernels:
     scaled_rows: ScaledRows
 
 
+@dataclass(frozen=True)
 class _Sides:
-    """Hidden states and head of the policy and of the reference.
+    """Hidden states and head of the policy and of the reference."""
 
-    Attributes:
-        order: of the rows of all others, when the kept ones were put first.
-        row_weight, others: [T] each.
-    """
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ref_hidden: torch.Tensor
+    ref_weight: torch.Tensor
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        ref_hidden: torch.Tensor,
-        ref_weight: torch.Tensor,
-        row_weight: torch.Tensor | None,
-        *others: torch.Tensor,
-        reorder: bool = True,
-    ) -> None:
-        self.order = None
-        self.row_weight, self.others = row_weight, others
-        if reorder and row_weight is not None and counting(hidden, weight) and counting(ref_hidden, ref_weight):
-            self.order = KeptFirst(row_weight != 0)
-            hidden, ref_hidden = self.order.gathered(hidden), self.order.gathered(ref_hidden)
-            self.row_weight = self.order.gathered(row_weight)
-            self.others = tuple(self.order.gathered(other) for other in others)
-        self.hidden, self.weight = hidden, dense(weight)
-        self.ref_hidden, self.ref_weight = ref_hidden, dense(ref_weight)
-
-    def count(self, rows: slice) -> torch.Tensor | None:
-        return None if self.order is None else self.order.in_chunk(rows)
-
-    def logits(
-        self, chunks: Chunks, rows: slice, block: slice, count: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, chunks: Chunks, rows: slice, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
         policy, reference = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
-        product(self.hidden[rows], self.weight[block].T, policy, count)
-        product(self.ref_hidden[rows], self.ref_weight[block].T, reference, count)
+        mm_float32(self.hidden[rows], self.weight[block].T, policy)
+        mm_float32(self.ref_hidden[rows], self.ref_weight[block].T, reference)
         return policy, reference
-
-    def in_order(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of a result, in the order that the inputs came in."""
-        return rows if self.order is None else self.order.scattered(rows)
 
 
 def forward(
@@ -143,23 +113,20 @@ def forward(
     """
     (T, H), V = hidden.shape, weight.shape[0]
     options = Options(softcap, logit_scale)
-    split = exchange is not None
-    # How a process orders its rows may depend on its slice: where others have theirs, they stay as they are.
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_weight, reorder=not split)
+    sides = _Sides(hidden, dense(weight), ref_hidden, dense(ref_weight))
     gradient = want_dhidden or want_dweight
     kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
     lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
     dweight = WeightGradient(kernels.scaled_rows, sides.weight, want_dweight)
-    chunk_rows = SPLIT_ROWS if split else None
+    chunk_rows = None if exchange is None else SPLIT_ROWS
     chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET, rows=chunk_rows, overwrite=True)
     state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
     for rows in chunks.slices():
-        weights = None if sides.row_weight is None else sides.row_weight[rows]
-        count = sides.count(rows)
+        weights = None if row_weight is None else row_weight[rows]
         outputs = kl[rows], lse[rows], ref_lse[rows]
         for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block, count)
+            logits = sides.logits(chunks, rows, block)
             kernels.block(logits, weights, state, outputs, block.start == 0, block.stop == V, options)
         if exchange is not None:
             exchange(*outputs)
@@ -170,10 +137,9 @@ def forward(
         kernels.gradient(logits, dz, 0, weights, lse[rows], ref_lse[rows], factor[rows], options, False)
         if want_dhidden:
             kept = torch.ones_like(kl[rows]) if weights is None else (weights != 0).float()
-            kernels.scaled_rows(chunks.times(dz, sides.weight, count), kept, dhidden[rows])
+            kernels.scaled_rows(chunks.times(dz, sides.weight), kept, dhidden[rows])
         if want_dweight:
-            dweight.add(dz, sides.hidden[rows], factor[rows], count)
-    kl, lse, ref_lse, dhidden = (sides.in_order(rows) for rows in (kl, lse, ref_lse, dhidden))
+            dweight.add(dz, hidden[rows], factor[rows])
     return kl, lse, ref_lse, dhidden, dweight.result()
 
 
@@ -209,17 +175,16 @@ def backward_weight(
     """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
     options = Options(softcap, logit_scale)
     row_grad, scale = split_scale(row_grad, hidden.dtype)
-    sides = _Sides(hidden, weight, ref_hidden, ref_weight, row_grad, lse, ref_lse)
-    lse, ref_lse = sides.others
+    sides = _Sides(hidden, dense(weight), ref_hidden, dense(ref_weight))
     factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     dweight = WeightGradient(kernels.scaled_rows, sides.weight)
     chunks = Chunks(hidden, weight.shape[0], gradient=True, buffers=2)
     for rows in chunks.slices():
         dz = chunks.dz(rows)
-        count = sides.count(rows)
-        weights = None if sides.row_weight is None else sides.row_weight[rows]
         for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block, count)
-            kernels.gradient(logits, dz, block.start, weights, lse[rows], ref_lse[rows], factor[rows], options, True)
-        dweight.add(dz, sides.hidden[rows], factor[rows], count)
+            logits = sides.logits(chunks, rows, block)
+            kernels.gradient(
+                logits, dz, block.start, row_grad[rows], lse[rows], ref_lse[rows], factor[rows], options, True
+            )
+        dweight.add(dz, hidden[rows], factor[rows])
     return dweight.result(scale)
