@@ -43,7 +43,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from benchmarks.machine import ROOT, describe
 from benchmarks.run import RESULTS
 from benchmarks.timing import interleave, median_ratio, peak_memory
-from trace_kernels.runtime.native import release_workspace
+from trace_kernels import release_workspace
 from trace_unlearn import TraceConfig, TraceTrainer
 from trace_unlearn.files import write_json
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from trace_kernels.ops.cross_entropy.op import cross_entropy
 from trace_kernels.ops.hit_moments.op import hit_moments, hit_order, hit_scores
 from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob
-from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy
+from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy, log_prob_sum
 from trace_kernels.ops.linear_kl.op import linear_kl
 from trace_kernels.ops.record_routing.op import record_routing_
 from trace_kernels.ops.route_hits.op import route_hits
 from trace_kernels.ops.router_topk.op import router_topk
 from trace_kernels.runtime.backends import BackendError
+from trace_kernels.runtime.native import release_workspace
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl",
     "linear_log_prob",
+    "log_prob_sum",
     "record_routing_",
+    "release_workspace",
     "route_hits",
     "router_topk",
 ]

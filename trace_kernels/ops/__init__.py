@@ -1,0 +1,1 @@
+"""One folder per op. Imports runtime, shared and testing; never another op."""

@@ -1,18 +1,15 @@
-"""The verb `calibrate`: forget-critical experts, and retain weights that make them as active as on forget data."""
+"""Forget-critical experts, and retain weights that make them as active as on forget data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 import trace_kernels as tk
-from trace_unlearn import files
 from trace_unlearn.calibration.balance import DISTANCES, balance
 from trace_unlearn.calibration.feasible import checked_pairs, dependencies, reachable
 from trace_unlearn.calibration.patterns import Patterns
@@ -23,12 +20,11 @@ from trace_unlearn.calibration.selection import (
     select_experts,
     wilson_interval,
 )
-from trace_unlearn.calibration.top_tokens import heaviest_of_profile
 from trace_unlearn.calibration.weights import Calibration, lookup, matching
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing.statistics import RoutingStatistics
 
-__all__ = ["RULES", "CalibrateOptions", "Calibration", "calibrate", "main", "select_experts"]
+__all__ = ["RULES", "Calibration", "calibrate", "check_settings", "select_experts"]
 
 RULES = ("balance", "additive", "product", "ratio", "uniform", "shuffled")
 FORMS = {"additive": ("linear", "sum"), "ratio": ("identity", "mean")}  # phi and reduce, where not ("exp", "sum")
@@ -85,7 +81,7 @@ def calibrate(
     Raises:
         UserError: nothing selected, nothing of it reachable by retain data, a setting out of range; with advice.
     """
-    _check_settings(rule, min_ess, max_weight, ridge)
+    check_settings(rule, min_ess, max_weight, ridge)
     shuffle = rule == "shuffled"
     rule = "balance" if shuffle else rule
     selection = Selection(experts_per_layer, tau, rank, threshold, max_experts, min_count)
@@ -202,7 +198,7 @@ def _cap_for_ess(patterns: Patterns, log_raw: torch.Tensor, cap: float, min_ess:
     return _float32_below(low)
 
 
-def _check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
+def check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
     if rule not in RULES:
         raise UserError(f"rule: got {rule!r}, allowed: {', '.join(map(repr, RULES))}")
     if not 0 <= min_ess <= 0.9999:
@@ -279,66 +275,3 @@ def _share_of_position(weights: torch.Tensor, offsets: torch.Tensor) -> float:
     between = float((sizes * (means - w.mean()) ** 2).sum() / (len(w) * variance))
     chance = (groups - 1) / (len(w) - 1)
     return max(0.0, (between - chance) / (1 - chance))
-
-
-@dataclass
-class CalibrateOptions:
-    """Finds the forget-critical experts and weights the retain tokens so that these experts are kept in use.
-
-    Args:
-        profile: the folder that `profile` wrote.
-        output: the folder to write; must not exist.
-        rule: how weights follow from frequencies: "balance", "additive", "product", "ratio" or "uniform"; or the
-            control "shuffled".
-        experts_per_layer: at most so many forget-critical experts a layer; null for all that qualify.
-        tau: an expert qualifies from tau times the activation of a perfectly even routing on.
-        rank: what the most critical experts are: those of the highest "log_ratio" (f log(f / r)), "difference" (f - r),
-            "ratio" (f / r) or "z_score" ((f - r) over its standard error).
-        threshold: the least rank value; null for none.
-        max_experts: at most so many forget-critical experts over all layers; null for no such limit.
-        min_count: an expert qualifies when at least so many forget tokens activate it.
-        min_ess: the least effective sample size of the weights, as a share of the retain tokens.
-        max_weight: the largest weight; the mean is 1.
-        ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
-        show_tokens: print so many of the retain tokens with the largest weights, in their context; reads the retain
-            data again.
-    """
-
-    profile: str = "profile"
-    output: str = "calibration"
-    rule: str = "balance"
-    experts_per_layer: int | None = 4
-    tau: float = 1.0
-    rank: str = "log_ratio"
-    threshold: float | None = None
-    max_experts: int | None = None
-    min_count: int = 5
-    min_ess: float = 0.5
-    max_weight: float = 20.0
-    ridge: float = 1e-6
-    show_tokens: int = 0
-
-
-def check(options: CalibrateOptions) -> None:
-    """UserError for what can be told from the options alone."""
-    _check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
-    Selection(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Selection)})
-    if options.show_tokens < 0:
-        raise UserError(f"show_tokens: got {options.show_tokens}, allowed is 0 or more")
-
-
-def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
-    """Runs the verb: reads the statistics, calibrates, prints the outcome, writes the folder `options.output`."""
-    check(options)
-    files.refuse_existing(options.output)
-    say(f"calibrate: {options.profile}, rule {options.rule} -> {options.output}")
-    settings = dataclasses.asdict(options)
-    stats = RoutingStatistics.load(settings.pop("profile"))
-    found = calibrate(stats, **{k: v for k, v in settings.items() if k not in ("output", "show_tokens")})
-    say(found.summary())
-    found.save(options.output)
-    say(f"written to {options.output}")
-    if options.show_tokens:  # last: the retain data may be gone by now, and the weights are not to go with it
-        heaviest = heaviest_of_profile(found, stats.meta, options.show_tokens)
-        head = f"the {len(heaviest)} retain tokens with the largest weights, in brackets:"
-        say("\n".join([head, *map(str, heaviest)]))

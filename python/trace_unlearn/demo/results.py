@@ -16,8 +16,8 @@ from trace_unlearn.demo.corpus import FACT_GROUPS, make_corpus
 from trace_unlearn.demo.unlearn import ARMS, Recipe, read_curve
 from trace_unlearn.reporting import plots
 from trace_unlearn.reporting.page import Page
+from trace_unlearn.reporting.report import describe_calibration, describe_choices, footer
 from trace_unlearn.routing.profile import RoutingStatistics
-from trace_unlearn.verbs.report import describe_calibration, describe_choices, footer
 
 TRACE, CONTROL = ARMS[1], ARMS[2]
 TITLES = {"grad_diff": "gradient ascent (GradDiff)", "npo": "NPO", "wga": "WGA", "ce_u": "CE-U"}
@@ -227,7 +227,7 @@ def _curve(curve: Curve, measure: str) -> plots.Curve:
 
 
 def _text_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    from trace_unlearn.reporting.page import show
+    from trace_unlearn.values import show
 
     cells = [list(columns), *([show(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
-from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.fusion.loss import fuse_loss, fused_loss_of
 from trace_unlearn.sources.data import collate, loss_bearing
 from trace_unlearn.sources.encoding import IGNORE_INDEX
 from trace_unlearn.sources.model import input_device

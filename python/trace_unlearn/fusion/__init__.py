@@ -1,1 +1,1 @@
-"""Other people's models without logits, and with our router. Imports nothing of the method but errors."""
+"""Other people's models without logits, and with our router. Imports routing."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from trace_unlearn.evaluation.scores import SCORES, conditions, is_main, score_title
 from trace_unlearn.reporting import plots
-from trace_unlearn.reporting.page import Page, flatten, scalars, short_names
+from trace_unlearn.reporting.page import Page
+from trace_unlearn.values import flatten, scalars, short_names
 
 MEASURES = {
     "forget": {

@@ -1,12 +1,9 @@
-"""The verb `profile`: which experts the forget and the retain data activate in the model as it is."""
+"""Which experts the forget and the retain data activate in a model as it is."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import platform
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +11,19 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import trace_kernels
 from trace_unlearn import files
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing.recorder import RoutingRecorder, unwrap
 from trace_unlearn.routing.statistics import ROUTES, RoutingStatistics
-from trace_unlearn.sources.data import check_disjoint, collate, fingerprint, load_tokens, loss_bearing
+from trace_unlearn.sources.data import check_disjoint, collate, fingerprint, loss_bearing
 from trace_unlearn.sources.encoding import IGNORE_INDEX
-from trace_unlearn.sources.model import check_inputs, check_placement, input_device, load_model, load_tokenizer
+from trace_unlearn.sources.model import input_device
+from trace_unlearn.versions import versions
 
-__all__ = ["ProfileOptions", "RoutingStatistics", "check", "main", "profile_routing"]
+__all__ = ["RoutingStatistics", "check_batch_size", "profile_routing"]
 
 
 def profile_routing(
@@ -40,6 +36,7 @@ def profile_routing(
     progress: bool = True,
     output: str | os.PathLike[str] | None = None,
     source: dict[str, Any] | None = None,
+    overlap: int | None = None,
 ) -> RoutingStatistics:
     """Runs both data sets once through `model`, in eval mode and without gradients, and counts activations.
 
@@ -57,24 +54,14 @@ def profile_routing(
         output: a folder to write, as `RoutingStatistics.save` does; it must not exist. The routes go into it as they
             come, and what is returned maps them from there.
         source: what goes into meta["source"]: where model and data came from, in the words of the verb's options.
+        overlap: what `check_disjoint` gave, where it was asked already.
 
     Raises:
         UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
     """
-    _check_batch_size(batch_size)
-    overlap = check_disjoint(forget, retain)
-    return _to_output(output, source, model, forget, retain, overlap, _Run(model, batch_size, pad_token_id, progress))
-
-
-def _to_output(
-    output: str | os.PathLike[str] | None,
-    source: dict[str, Any] | None,
-    model: PreTrainedModel,
-    forget: datasets.Dataset,
-    retain: datasets.Dataset,
-    overlap: int,
-    run: _Run,
-) -> RoutingStatistics:
+    check_batch_size(batch_size)
+    overlap = check_disjoint(forget, retain) if overlap is None else overlap
+    run = _Run(model, batch_size, pad_token_id, progress)
     if output is None:
         stats = _profile(model, forget, retain, overlap, run, None)
         stats.meta["source"] = source
@@ -126,19 +113,14 @@ def _profile(
             "forget_documents": len(forget),
             "retain_documents": len(retain),
             "rows_in_both": overlap,
-            "versions": {
-                "trace_kernels": trace_kernels.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         },
         forget_side.design_effect(),
         retain_side.design_effect(),
     )
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}, allowed is 1 or more")
 
@@ -279,57 +261,3 @@ def _store(
         low, high = offsets[document], offsets[document + 1]
         stored[low:high] = chosen[begin : begin + high - low]
         begin += high - low
-
-
-@dataclass
-class ProfileOptions:
-    """Counts which experts of a model the forget and the retain data activate.
-
-    Args:
-        model: a checkpoint folder or hub name of a Mixture-of-Experts language model.
-        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name "owner/name[:config]".
-        retain: the data whose behaviour must stay.
-        output: the folder to write; must not exist.
-        max_length: the most tokens of a document; longer texts are cut into windows.
-        forget_limit: use only that many forget documents.
-        retain_limit: use only that many retain documents.
-        batch_size: documents a forward.
-        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
-        device: such as "cuda", "cuda:1" or "cpu"; by default a GPU where there is one.
-    """
-
-    model: str
-    forget: str
-    retain: str
-    output: str = "profile"
-    max_length: int = 512
-    forget_limit: int | None = None
-    retain_limit: int | None = None
-    batch_size: int = 8
-    dtype: str = "auto"
-    device: str | None = None
-
-
-def check(options: ProfileOptions) -> None:
-    """UserError for what can be told from the options alone."""
-    _check_batch_size(options.batch_size)
-    check_placement(options.dtype, options.device)
-
-
-def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
-    """Runs the verb: loads, profiles, writes the folder `options.output`."""
-    check(options)
-    files.refuse_existing(options.output)
-    say(f"profile: {options.model} on {options.forget} (forget) and {options.retain} (retain) -> {options.output}")
-    tokenizer = load_tokenizer(options.model, check_inputs(options.model))
-    forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
-    retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
-    overlap = check_disjoint(forget, retain)  # before the model is loaded
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
-    source = {name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")}
-    run = _Run(model, options.batch_size, tokenizer.pad_token_id, progress=True)
-    stats = _to_output(options.output, source, model, forget, retain, overlap, run)
-    say(
-        f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "
-        f"layers of {stats.forget_counts.shape[1]} experts, {stats.top_k} a token; written to {options.output}"
-    )

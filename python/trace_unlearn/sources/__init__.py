@@ -1,1 +1,1 @@
-"""From disk and hub to tokens and models. Imports files and errors only."""
+"""From disk and hub to tokens and models. Imports the files beside the rooms only."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from trace_unlearn.errors import UserError
-from trace_unlearn.training.objectives import OBJECTIVES, Objective
+from trace_unlearn.training.objectives import OBJECTIVES, Knobs, Objective
 
 WEIGHTINGS = ("reference", "live", "uniform")
 RETAIN_LOSSES = ("nll", "kl")
@@ -121,6 +121,11 @@ class TraceConfig:
     @property
     def method(self) -> Objective:
         return OBJECTIVES[self.objective]
+
+    @property
+    def knobs(self) -> Knobs:
+        assert self.beta is not None  # set above, where none came
+        return Knobs(self.beta, self.beta2, self.delta)
 
     @property
     def needs(self) -> dict[str, bool]:

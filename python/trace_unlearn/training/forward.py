@@ -10,10 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 import trace_kernels as tk
-from trace_kernels.ops.linear_cross_entropy.op import log_prob_sum
-from trace_kernels.runtime.native import release_workspace
 from trace_unlearn.errors import UserError
-from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.fusion.loss import fuse_loss, fused_loss_of
 from trace_unlearn.routing.recorder import unwrap
 from trace_unlearn.routing.routers import RouterProbabilities
 from trace_unlearn.training.config import TraceConfig
@@ -162,7 +160,7 @@ class Forward:
         options: Mapping[str, Any],
     ) -> dict[str, torch.Tensor]:
         coefficient = coefficient.to(target.device)
-        total, log_probs = log_prob_sum(hidden, weight, target, coefficient, **options)
+        total, log_probs = tk.log_prob_sum(hidden, weight, target, coefficient, **options)
         rest = target.where(coefficient == 0, options["ignore_index"])
         return {"log_probs": log_probs + _logged(hidden, weight, rest, options), "known": -total}
 
@@ -214,7 +212,7 @@ class Forward:
 def _release(gradient: torch.Tensor) -> None:
     # A head's gradient was added to .grad by now, because autograd accumulates before it goes on to the layers. During
     # their backward its memory would lie unused.
-    release_workspace()
+    tk.release_workspace()
 
 
 @torch.no_grad()

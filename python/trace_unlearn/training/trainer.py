@@ -17,8 +17,8 @@ from transformers.trainer_utils import TrainOutput
 from trace_unlearn.calibration.weights import Calibration
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import PathLike, staged_folder, write_json, write_text
-from trace_unlearn.reporting.model_card import model_card
 from trace_unlearn.sources.data import loss_bearing
+from trace_unlearn.training.card import training_card
 from trace_unlearn.training.checkpoints import is_complete
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.early_stop import EarlyStop
@@ -276,7 +276,7 @@ class TraceTrainer(WholeCheckpoints):
         values: dict[str, torch.Tensor] = {}
         if config.method.forget_loss is not None and is_forget.any():
             forget = self._original.forget_batch(seen, inputs, bearing, totals.forget_tokens, totals.forget_documents)
-            values["forget_loss"] = config.method.forget_loss(forget, config)
+            values["forget_loss"] = config.method.forget_loss(forget, config.knobs)
             loss = loss + config.gamma * values["forget_loss"]
             if seen.log_probs is not None:
                 values["forget_nll"] = weighted_nll(forget.log_probs, forget.mask.float(), totals.forget_tokens)
@@ -378,7 +378,7 @@ class TraceTrainer(WholeCheckpoints):
                 # Without Trainer's summary at the end: after a resume its mean loss leaves the steps before out.
                 log = [entry for entry in self.state.log_history if "train_runtime" not in entry]
                 write_json(folder / TRACE, {**record, "log": log})
-                write_text(folder / "README.md", model_card(record))
+                write_text(folder / "README.md", training_card(record))
         self.accelerator.wait_for_everyone()
 
 

@@ -1,1 +1,1 @@
-"""The command line: one file a verb, with its options, their checks and what it prints."""
+"""The command line: one file per verb, with its options, their checks and what it prints. Imports all but demo."""

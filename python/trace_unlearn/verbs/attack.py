@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import json
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,23 +13,24 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-import trace_kernels
 from trace_unlearn import files
 from trace_unlearn.calibration.weights import Calibration
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.attacks import avoiding, avoiding_chosen, quantize_, relearn
-from trace_unlearn.evaluation.attacks.standing import standing, summary
+from trace_unlearn.evaluation.attacks.standing import standing
+from trace_unlearn.evaluation.measure import measure_suites
+from trace_unlearn.evaluation.scores import conditions
 from trace_unlearn.evaluation.suites import Suite, open_suites
 from trace_unlearn.sources.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
 from trace_unlearn.training.experts import chosen_experts
 from trace_unlearn.training.trainable import LoraOptions, add_lora
-from trace_unlearn.verbs.evaluate import measure_suites
+from trace_unlearn.values import table_of
 from trace_unlearn.verbs.lock import alone
+from trace_unlearn.versions import versions
 
 # Linear layers of attention, as the families call them: what relearn adapts.
 ATTENTION = (
@@ -143,16 +143,29 @@ def main(options: AttackOptions, say: Callable[[str], None] = print) -> None:
             name: _attack(name, inputs, work / f"{number}", {**facts, "model": digest}, say)
             for number, (name, digest) in enumerate(facts["models"].items())
         }
-    versions = {
-        "trace_kernels": trace_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    files.write_json(target, {"models": found, "choices": {"options": options, **facts, "versions": versions}})
+    files.write_json(target, {"models": found, "choices": {"options": options, **facts, "versions": versions()}})
     shutil.rmtree(work, ignore_errors=True)
     say(summary(found))
     say(f"attack: wrote {target}")
+
+
+def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The forget and retain measures under each attack as a table for people."""
+    rows: list[tuple[object, ...]] = [("checkpoint", "attack", "forget NLL", "recited", "facts", "retain NLL")]
+    for model, results in found.items():
+        for condition, measures in conditions(results).items():
+            forget = measures["forget"]
+            rows.append(
+                (
+                    model,
+                    condition,
+                    forget["nll"],
+                    forget["exact_memorization"],
+                    forget.get("fact_accuracy"),
+                    measures["retain"]["nll"],
+                )
+            )
+    return table_of(rows)
 
 
 def check(options: AttackOptions) -> list[str]:

@@ -44,9 +44,9 @@ class Verb:
 
 
 VERBS = {
-    "profile": Verb("routing.profile", "ProfileOptions", "count which experts the forget and the retain data activate"),
+    "profile": Verb("verbs.profile", "ProfileOptions", "count which experts the forget and the retain data activate"),
     "calibrate": Verb(
-        "calibration.calibrate", "CalibrateOptions", "choose forget-critical experts and weigh the retain tokens"
+        "verbs.calibrate", "CalibrateOptions", "choose forget-critical experts and weigh the retain tokens"
     ),
     "plan": Verb(
         "verbs.plan", "PlanOptions", "say what train needs of every device's memory, before anything is loaded"

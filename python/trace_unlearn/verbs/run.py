@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_unlearn.calibration.calibrate import CalibrateOptions
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.suites import open_suites
 from trace_unlearn.files import at_home, digest_of, read_json, refuse_existing, write_json
 from trace_unlearn.reporting.model_card import write_evaluated
-from trace_unlearn.routing.profile import ProfileOptions
 from trace_unlearn.sources.model import is_moe
 from trace_unlearn.sources.records import check_source
 from trace_unlearn.verbs.attack import AttackOptions
+from trace_unlearn.verbs.calibrate import CalibrateOptions
 from trace_unlearn.verbs.evaluate import EvaluateOptions
 from trace_unlearn.verbs.lock import LOCK, alone
+from trace_unlearn.verbs.profile import ProfileOptions
 from trace_unlearn.verbs.report import ReportOptions
 from trace_unlearn.verbs.train import TrainOptions, remove_leftover
 
@@ -153,7 +153,7 @@ def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None])
             record[step.verb] = step.identity()
             write_json(output / RECORD, record)
             begun = time.monotonic()
-            importlib.import_module(f"trace_unlearn.{step.verb}").main(step.options)
+            importlib.import_module(f"trace_unlearn.verbs.{step.verb}").main(step.options)
             record[step.verb]["seconds"] = round(time.monotonic() - begun, 1)
             write_json(output / RECORD, record)
         # Last of all: what reads the model folder would take it for another one.
@@ -189,7 +189,7 @@ class Step:
 
     def check(self) -> None:
         """UserError for a mistake in the options, which would else show only when the steps before it are done."""
-        module = importlib.import_module(f"trace_unlearn.{self.verb}")
+        module = importlib.import_module(f"trace_unlearn.verbs.{self.verb}")
         if hasattr(module, "check"):
             try:
                 module.check(self.options)

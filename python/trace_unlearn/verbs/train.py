@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,11 +15,9 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-import trace_kernels
 from trace_unlearn import files
 from trace_unlearn.calibration.weights import Calibration, attach_weights
 from trace_unlearn.errors import UserError
@@ -29,11 +26,12 @@ from trace_unlearn.sources.model import check_inputs, load_model, load_tokenizer
 from trace_unlearn.training.checkpoints import last_complete
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.experts import chosen_experts, train_experts
-from trace_unlearn.training.options import TrainOptions, check, training_arguments
 from trace_unlearn.training.pairs import check_alternates
 from trace_unlearn.training.trainable import LoraOptions, add_lora, train_only
 from trace_unlearn.training.trainer import TRACE, TraceTrainer
 from trace_unlearn.verbs.lock import LOCK, alone
+from trace_unlearn.verbs.train_options import TrainOptions, check, training_arguments
+from trace_unlearn.versions import versions
 
 __all__ = ["TrainOptions", "check", "main"]
 
@@ -94,7 +92,7 @@ def _train(
         if first:
             files.write_json(work / RECORD, inputs.facts)
         trainer.train(resume_from_checkpoint=True)
-        trainer.save_unlearned(output, {**inputs.facts, "versions": _versions()})
+        trainer.save_unlearned(output, {**inputs.facts, "versions": versions()})
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory: use a smaller batch_size with more accumulation (the result is the same), "
@@ -268,12 +266,3 @@ def _trainer(
         calibration=inputs.calibration if options.weighting == "live" else None,  # else attached already
         processing_class=inputs.tokenizer,
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "trace_kernels": trace_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

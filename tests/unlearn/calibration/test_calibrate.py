@@ -14,10 +14,11 @@ import torch
 from made_statistics import handmade, lonely, statistics
 from profiled import VOCAB, documents, run
 
-from trace_unlearn.calibration.calibrate import CalibrateOptions, calibrate, main, select_experts
+from trace_unlearn.calibration.calibrate import calibrate, select_experts
 from trace_unlearn.calibration.weights import Calibration
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing.profile import RoutingStatistics
+from trace_unlearn.verbs.calibrate import CalibrateOptions, main
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_killed_at_work_leaves_nothing_and_a_rerun_works(tmp_path, profiled):
     code = f"""
 import os, signal
 from trace_unlearn import calibrate, files
-from trace_unlearn.calibration.calibrate import CalibrateOptions, main
+from trace_unlearn.verbs.calibrate import CalibrateOptions, main
 right = files.save_tensors
 def deadly(*args, **others):
     right(*args, **others)

@@ -12,12 +12,12 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation import predictions
 from trace_unlearn.evaluation.answers import rouge_scores
 from trace_unlearn.evaluation.likelihood import log_likelihood
+from trace_unlearn.evaluation.measure import evaluate_model, routes_of
 from trace_unlearn.integrations import fused_loss_of
 from trace_unlearn.routing.recorder import RoutingRecorder
 from trace_unlearn.sources.data import load_tokens
 from trace_unlearn.sources.encoding import Encoder
 from trace_unlearn.sources.records import Record
-from trace_unlearn.verbs.evaluate import evaluate_model, routes_of
 
 
 def load_records(records):

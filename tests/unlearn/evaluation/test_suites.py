@@ -10,11 +10,11 @@ import torch
 
 from trace_unlearn import files
 from trace_unlearn.errors import UserError
+from trace_unlearn.evaluation.measure import measure_suites
 from trace_unlearn.evaluation.metrics import auc, harmonic_mean, ks_p_value
 from trace_unlearn.evaluation.predictions import RowScores
 from trace_unlearn.evaluation.suites import muse, open_suites, tofu
 from trace_unlearn.verbs import cli
-from trace_unlearn.verbs.evaluate import measure_suites
 
 WORDS = tiny.tokenizer()
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trace_unlearn import files
-from trace_unlearn.reporting.model_card import FORGETTING, model_card, write_evaluated
+from trace_unlearn.reporting.model_card import model_card, write_evaluated
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.objectives import OBJECTIVES
 
@@ -71,7 +71,7 @@ def test_a_card_says_what_was_done_and_shows_no_path_and_no_secret():
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "finetune"])
 def test_every_objective_is_told_in_words(objective):
     card = model_card({"config": {"objective": objective}})
-    assert FORGETTING[objective] in card
+    assert OBJECTIVES[objective].formula in card
     assert ("retain loss: " in card) == OBJECTIVES[objective].uses_retain
 
 

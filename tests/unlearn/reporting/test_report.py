@@ -10,10 +10,10 @@ import torch
 from trace_unlearn import files
 from trace_unlearn.calibration.calibrate import calibrate
 from trace_unlearn.errors import UserError
-from trace_unlearn.reporting import plots
+from trace_unlearn.reporting import plots, report
 from trace_unlearn.reporting.page import Page, show
 from trace_unlearn.routing.profile import RoutingStatistics
-from trace_unlearn.verbs import cli, report
+from trace_unlearn.verbs import cli
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 2
 

@@ -10,13 +10,14 @@ import tiny
 import torch
 from profiled import VOCAB, documents, run
 
-from trace_unlearn.calibration.calibrate import CalibrateOptions
-from trace_unlearn.calibration.calibrate import main as calibrate_main
 from trace_unlearn.calibration.weights import Calibration
 from trace_unlearn.errors import UserError
-from trace_unlearn.routing.profile import ProfileOptions, RoutingStatistics, main
+from trace_unlearn.reporting.report import report_run
 from trace_unlearn.routing.recorder import RoutingRecorder
-from trace_unlearn.verbs.report import report_run
+from trace_unlearn.routing.statistics import RoutingStatistics
+from trace_unlearn.verbs.calibrate import CalibrateOptions
+from trace_unlearn.verbs.calibrate import main as calibrate_main
+from trace_unlearn.verbs.profile import ProfileOptions, main
 
 
 def one_by_one(model, dataset):

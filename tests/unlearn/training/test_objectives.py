@@ -63,7 +63,7 @@ def test_npo_is_its_formula():
 def test_descent_lowers_forget_log_probs(objective):
     batch = forget_batch()
     log_probs = batch.log_probs.requires_grad_()
-    OBJECTIVES[objective].forget_loss(batch, TraceConfig(objective=objective)).backward()
+    OBJECTIVES[objective].forget_loss(batch, TraceConfig(objective=objective).knobs).backward()
     assert (log_probs.grad[batch.mask] > 0).all()
     assert (log_probs.grad[~batch.mask] == 0).all()
 
@@ -96,7 +96,7 @@ def test_nothing_to_count_is_zero_without_nan(objective):
     zero = torch.tensor(0)
     batch = dataclasses.replace(forget_batch(), log_probs=log_probs, mask=mask, num_tokens=zero, num_documents=zero)
     for loss in (
-        OBJECTIVES[objective].forget_loss(batch, TraceConfig(objective=objective)),
+        OBJECTIVES[objective].forget_loss(batch, TraceConfig(objective=objective).knobs),
         weighted_nll(log_probs, mask.float(), torch.tensor(0.0)),
     ):
         assert loss.item() == 0

@@ -138,7 +138,7 @@ def test_the_losses_memory_is_returned_between_head_and_layers(config, joint, tm
     trained = trainer(tmp_path, config=config, max_steps=1, joint_forward=joint)
     norm, head = trained.model.model.norm.weight, trained.model.lm_head.weight
     events = []
-    monkeypatch.setattr("trace_unlearn.training.forward.release_workspace", lambda: events.append("returned"))
+    monkeypatch.setattr("trace_unlearn.training.forward.tk.release_workspace", lambda: events.append("returned"))
     head.register_post_accumulate_grad_hook(lambda parameter: events.append("head"))
     norm.register_post_accumulate_grad_hook(lambda parameter: events.append("norm"))
     trained.train()

@@ -124,6 +124,14 @@ def log_prob_sum(
 
     Returns:
         :math:`\sum_t c_t \log p_t`, 0-d; and log p [...], constants, 0 where c is 0 or the target is ignored.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> total, log_probs = log_prob_sum(hidden, weight, torch.tensor([0, 0]), torch.tensor([1.0, 0.5]))
+        >>> log_probs
+        tensor([-0.1269, -2.1269])
+        >>> round(total.item(), 4)
+        -1.1904
     """
     check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
     losses.check_weighting(coefficient, "sum", None, hidden.shape[:-1], hidden.device, "hidden")

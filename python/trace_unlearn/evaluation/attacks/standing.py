@@ -1,9 +1,8 @@
-"""What a model knows of some data, quickly measured, and such measures as a table."""
+"""What a model knows of some data, quickly measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import datasets
 from transformers import PreTrainedModel
@@ -12,9 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.attacks.reroute import Around
 from trace_unlearn.evaluation.likelihood import log_likelihood
-from trace_unlearn.evaluation.scores import conditions
-from trace_unlearn.reporting.page import table_of
-from trace_unlearn.verbs.evaluate import evaluating
+from trace_unlearn.evaluation.measure import evaluating
 
 
 def standing(
@@ -56,22 +53,3 @@ def standing(
             if seen.fact_accuracy is not None:
                 found[name]["fact_accuracy"] = seen.fact_accuracy
     return found
-
-
-def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The forget and retain measures under each attack as a table for people."""
-    rows: list[tuple[object, ...]] = [("checkpoint", "attack", "forget NLL", "recited", "facts", "retain NLL")]
-    for model, results in found.items():
-        for condition, measures in conditions(results).items():
-            forget = measures["forget"]
-            rows.append(
-                (
-                    model,
-                    condition,
-                    forget["nll"],
-                    forget["exact_memorization"],
-                    forget.get("fact_accuracy"),
-                    measures["retain"]["nll"],
-                )
-            )
-    return table_of(rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,12 +23,10 @@ from trace_unlearn.training.objectives.simnpo import simnpo
 from trace_unlearn.training.objectives.undial import undial
 from trace_unlearn.training.objectives.wga import wga
 
-if TYPE_CHECKING:
-    from trace_unlearn.training.config import TraceConfig
-
 __all__ = [
     "OBJECTIVES",
     "ForgetBatch",
+    "Knobs",
     "Objective",
     "anchor",
     "ce_u",
@@ -66,21 +63,32 @@ class ForgetBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Knobs:
+    """The strengths that objectives take; `trace_unlearn.training.config.TraceConfig` says which takes which."""
+
+    beta: float = 1.0
+    beta2: float = 1.0
+    delta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """What is done to the forget set.
 
     Attributes:
-        forget_loss: (batch, config) -> this micro-batch's share of the step's loss; None: there is no forget set.
+        forget_loss: (batch, knobs) -> this micro-batch's share of the step's loss; None: there is no forget set.
         beta: the published strength.
         uses_retain: there is a retain loss.
         needs_reference: of the original model, each document's log-probability.
         needs_alternate: answers to give instead.
         needs_divergence: of the original model, all there is to say about each forget token.
         on_hidden_states: the loss is on a layer's output, and no output layer is computed.
+        knobs: the options that it takes, for the model card.
+        formula: the forget loss in one line, for the model card.
         is_mean: the forget loss, if any, is minus the mean NLL of the forget tokens, so its gradient by each is known.
     """
 
-    forget_loss: Callable[[ForgetBatch, TraceConfig], torch.Tensor] | None
+    forget_loss: Callable[[ForgetBatch, Knobs], torch.Tensor] | None
     beta: float = 1.0
     uses_retain: bool = True
     needs_reference: bool = False
@@ -88,59 +96,104 @@ class Objective:
     needs_divergence: bool = False
     on_hidden_states: bool = False
     is_mean: bool = False
+    knobs: tuple[str, ...] = ()
+    formula: str = ""
 
 
-def _beta(config: TraceConfig) -> float:
-    assert config.beta is not None
-    return config.beta
-
-
-def _grad_diff(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
+def _grad_diff(batch: ForgetBatch, knobs: Knobs) -> torch.Tensor:
     return grad_diff(batch.log_probs, batch.mask, batch.num_tokens)
 
 
-def _npo(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
+def _npo(batch: ForgetBatch, knobs: Knobs) -> torch.Tensor:
     assert batch.reference is not None
-    return npo(batch.log_probs, batch.mask, batch.reference, batch.num_documents, _beta(config))
+    return npo(batch.log_probs, batch.mask, batch.reference, batch.num_documents, knobs.beta)
 
 
-def _simnpo(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
-    return simnpo(batch.log_probs, batch.mask, batch.num_documents, _beta(config), config.delta)
+def _simnpo(batch: ForgetBatch, knobs: Knobs) -> torch.Tensor:
+    return simnpo(batch.log_probs, batch.mask, batch.num_documents, knobs.beta, knobs.delta)
 
 
-def _dpo(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
+def _dpo(batch: ForgetBatch, knobs: Knobs) -> torch.Tensor:
     assert batch.reference is not None
     assert batch.alternate is not None
     assert batch.alternate_reference is not None
     preference = batch.alternate - batch.alternate_reference
-    return dpo(batch.log_probs, batch.mask, batch.reference, preference, batch.num_documents, _beta(config))
+    return dpo(batch.log_probs, batch.mask, batch.reference, preference, batch.num_documents, knobs.beta)
 
 
-def _undial(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
+def _undial(batch: ForgetBatch, knobs: Knobs) -> torch.Tensor:
     assert batch.divergence is not None
     assert batch.reference_log_probs is not None
     reference = batch.reference_log_probs
-    return undial(batch.log_probs, batch.divergence, reference, batch.mask, batch.num_tokens, _beta(config))
+    return undial(batch.log_probs, batch.divergence, reference, batch.mask, batch.num_tokens, knobs.beta)
 
 
-def _rmu(batch: ForgetBatch, config: TraceConfig) -> torch.Tensor:
+def _rmu(batch: ForgetBatch, knobs: Knobs) -> torch.Tensor:
     assert batch.hidden is not None
     assert batch.steering is not None
     return rmu(batch.hidden, batch.mask, batch.steering, batch.num_tokens)
 
 
 OBJECTIVES = {
-    "grad_diff": Objective(_grad_diff, is_mean=True),
-    "npo": Objective(_npo, 0.1, needs_reference=True),
-    "simnpo": Objective(_simnpo, 4.5),
-    "grad_ascent": Objective(_grad_diff, uses_retain=False, is_mean=True),
-    "wga": Objective(lambda batch, config: wga(batch.log_probs, batch.mask, batch.num_tokens, _beta(config))),
-    "satimp": Objective(
-        lambda batch, config: satimp(batch.log_probs, batch.mask, batch.num_tokens, _beta(config), config.beta2), 5.0
+    "grad_diff": Objective(
+        _grad_diff,
+        is_mean=True,
+        formula="minus the mean negative log-likelihood of the forget tokens (gradient difference)",
     ),
-    "ce_u": Objective(lambda batch, config: ce_u(batch.log_probs, batch.mask, batch.num_tokens)),
-    "dpo": Objective(_dpo, 0.1, needs_reference=True, needs_alternate=True),
-    "undial": Objective(_undial, 10.0, needs_divergence=True),
-    "rmu": Objective(_rmu, on_hidden_states=True),
+    "npo": Objective(
+        _npo,
+        0.1,
+        needs_reference=True,
+        knobs=("beta",),
+        formula="NPO, -(2/beta) log sigmoid(-beta log(p / p_ref)), the mean over forget documents",
+    ),
+    "simnpo": Objective(
+        _simnpo,
+        4.5,
+        knobs=("beta", "delta"),
+        formula="SimNPO, -(2/beta) log sigmoid(beta (mean token NLL - delta)), the mean over forget documents",
+    ),
+    "grad_ascent": Objective(
+        _grad_diff,
+        uses_retain=False,
+        is_mean=True,
+        formula="minus the mean negative log-likelihood of the forget tokens (gradient ascent), and no retain loss",
+    ),
+    "wga": Objective(
+        lambda batch, knobs: wga(batch.log_probs, batch.mask, batch.num_tokens, knobs.beta),
+        knobs=("beta",),
+        formula="WGA, minus the token NLL weighted by p^beta",
+    ),
+    "satimp": Objective(
+        lambda batch, knobs: satimp(batch.log_probs, batch.mask, batch.num_tokens, knobs.beta, knobs.beta2),
+        5.0,
+        knobs=("beta", "beta2"),
+        formula="SatImp, minus the token NLL weighted by p^beta (1 - p)^beta2",
+    ),
+    "ce_u": Objective(
+        lambda batch, knobs: ce_u(batch.log_probs, batch.mask, batch.num_tokens),
+        formula="CE-U, the cross-entropy to the model's own distribution without the true token",
+    ),
+    "dpo": Objective(
+        _dpo,
+        0.1,
+        needs_reference=True,
+        needs_alternate=True,
+        knobs=("beta",),
+        formula="DPO, which prefers the alternate answer to the forgotten one",
+    ),
+    "undial": Objective(
+        _undial,
+        10.0,
+        needs_divergence=True,
+        knobs=("beta",),
+        formula="UNDIAL, the KL divergence from the original model's distribution with the true logit lowered by beta",
+    ),
+    "rmu": Objective(
+        _rmu,
+        on_hidden_states=True,
+        knobs=("layer", "steering"),
+        formula="RMU, the distance of a layer's hidden states from a fixed random direction",
+    ),
     "finetune": Objective(None, is_mean=True),
 }

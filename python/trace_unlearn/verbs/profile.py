@@ -1,0 +1,73 @@
+"""The verb `profile`: which experts the forget and the retain data activate in the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trace_unlearn import files
+from trace_unlearn.routing.profile import check_batch_size, profile_routing
+from trace_unlearn.sources.data import check_disjoint, load_tokens
+from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
+
+
+@dataclass
+class ProfileOptions:
+    """Counts which experts of a model the forget and the retain data activate.
+
+    Args:
+        model: a checkpoint folder or hub name of a Mixture-of-Experts language model.
+        forget: the data to forget: a .jsonl, .json, .txt or .parquet file, or a hub name "owner/name[:config]".
+        retain: the data whose behaviour must stay.
+        output: the folder to write; must not exist.
+        max_length: the most tokens of a document; longer texts are cut into windows.
+        forget_limit: use only that many forget documents.
+        retain_limit: use only that many retain documents.
+        batch_size: documents a forward.
+        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
+        device: such as "cuda", "cuda:1" or "cpu"; by default a GPU where there is one.
+    """
+
+    model: str
+    forget: str
+    retain: str
+    output: str = "profile"
+    max_length: int = 512
+    forget_limit: int | None = None
+    retain_limit: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str | None = None
+
+
+def check(options: ProfileOptions) -> None:
+    """UserError for what can be told from the options alone."""
+    check_batch_size(options.batch_size)
+    check_placement(options.dtype, options.device)
+
+
+def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
+    """Runs the verb: loads, profiles, writes the folder `options.output`."""
+    check(options)
+    files.refuse_existing(options.output)
+    say(f"profile: {options.model} on {options.forget} (forget) and {options.retain} (retain) -> {options.output}")
+    tokenizer = load_tokenizer(options.model, check_inputs(options.model))
+    forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
+    retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
+    overlap = check_disjoint(forget, retain)  # before the model is loaded
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    source = {name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")}
+    stats = profile_routing(
+        model,
+        forget,
+        retain,
+        batch_size=options.batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        output=options.output,
+        source=source,
+        overlap=overlap,
+    )
+    say(
+        f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "
+        f"layers of {stats.forget_counts.shape[1]} experts, {stats.top_k} a token; written to {options.output}"
+    )
