@@ -11,6 +11,7 @@ import pytest
 
 import trace_kernels
 import trace_unlearn
+from trace_unlearn.verbs import options_page
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +60,7 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", prose):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_options_page_is_the_code_s():
+    assert (ROOT / "docs" / "options.md").read_text() == options_page.page()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trace_unlearn.calibration.calibrate import calibrate
     from trace_unlearn.calibration.selection import select_experts
+    from trace_unlearn.calibration.weights import attach_weights
     from trace_unlearn.errors import UserError
     from trace_unlearn.routing.profile import profile_routing
     from trace_unlearn.routing.recorder import RoutingRecorder
+    from trace_unlearn.sources.data import collate, load_tokens, shifted_targets
     from trace_unlearn.training.config import TraceConfig
     from trace_unlearn.training.trainer import TraceTrainer
 
@@ -20,9 +22,13 @@ _HOME = {
     "TraceConfig": "training.config",
     "TraceTrainer": "training.trainer",
     "UserError": "errors",
+    "attach_weights": "calibration.weights",
     "calibrate": "calibration.calibrate",
+    "collate": "sources.data",
+    "load_tokens": "sources.data",
     "profile_routing": "routing.profile",
     "select_experts": "calibration.selection",
+    "shifted_targets": "sources.data",
 }
 
 __all__ = [
@@ -30,9 +36,13 @@ __all__ = [
     "TraceConfig",
     "TraceTrainer",
     "UserError",
+    "attach_weights",
     "calibrate",
+    "collate",
+    "load_tokens",
     "profile_routing",
     "select_experts",
+    "shifted_targets",
 ]
 
 

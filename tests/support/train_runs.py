@@ -1,5 +1,6 @@
 """Small runs of the verb `train`: its inputs, and what it wrote."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from trace_unlearn.calibration.calibrate import calibrate
 from trace_unlearn.routing.profile import profile_routing
 from trace_unlearn.sources.data import load_tokens
 from trace_unlearn.sources.model import load_model, load_tokenizer
+from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.verbs.train import TrainOptions
 
 
@@ -41,18 +43,15 @@ def make_files(folder, checkpoint):
 
 
 def options(files, output, **changes):
-    given = {
-        **files,
-        "output": str(output),
-        "steps": 4,
-        "learning_rate": 1e-3,
-        "log_steps": 1,
-        "device": "cpu",
-        "retain_per_forget": 2,
-        "training": {"disable_tqdm": True},
-        **changes,
-    }
-    return TrainOptions(**given)
+    """Each change by its last name: an option of `train`, a knob of the method, or what TrainingArguments call it."""
+    training = {"disable_tqdm": True, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    training |= changes.pop("training", {})
+    method = {"retain_per_forget": 2}
+    given = {**files, "output": str(output), "device": "cpu"}
+    own, knobs = ({field.name for field in dataclasses.fields(kind)} for kind in (TrainOptions, TraceConfig))
+    for name, value in changes.items():
+        (given if name in own else method if name in knobs else training)[name] = value
+    return TrainOptions(**given, method=TraceConfig(**method), training=training)
 
 
 def record(output):

@@ -42,3 +42,15 @@ def test_bare_pytorch(run):
     log = run("bare_pytorch.py")
     assert log["forget"][-1] < 0.1 * log["forget"][0]
     assert log["retain"][-1] < 0.1 * log["retain"][0]
+
+
+def test_minimal_trace(run):
+    log = run("minimal_trace.py")
+    assert log[-1]["forget"] > log[0]["forget"] + 0.5
+    assert log[-1]["retain"] < log[0]["retain"]
+    assert len((EXAMPLES / "minimal_trace.py").read_text().splitlines()) <= 50
+
+
+def test_the_minimal_example_is_quoted_whole():
+    page = (EXAMPLES.parent / "docs" / "unlearn_your_model.md").read_text()
+    assert f"```python\n{(EXAMPLES / 'minimal_trace.py').read_text()}```" in page

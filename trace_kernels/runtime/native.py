@@ -99,7 +99,11 @@ def use_large_pages(fresh: torch.Tensor) -> None:
 
 
 def release_workspace() -> None:
-    """Returns to the system what calls on the CPU keep for the next ones: scratch memory, a head's freed gradient."""
+    """Returns to the system what calls on the CPU keep for the next ones: scratch memory, a head's freed gradient.
+
+    Example:
+        >>> release_workspace()
+    """
     module, _ = _load()
     if module is not None and hasattr(module, "release_workspace"):
         module.release_workspace()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trace_unlearn import files
+from trace_unlearn.checks import check_integers
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing.recorder import RoutingRecorder, unwrap
 from trace_unlearn.routing.statistics import ROUTES, RoutingStatistics
@@ -23,7 +24,7 @@ from trace_unlearn.sources.encoding import IGNORE_INDEX
 from trace_unlearn.sources.model import input_device
 from trace_unlearn.versions import versions
 
-__all__ = ["RoutingStatistics", "check_batch_size", "profile_routing"]
+__all__ = ["RoutingStatistics", "profile_routing"]
 
 
 def profile_routing(
@@ -59,7 +60,7 @@ def profile_routing(
     Raises:
         UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
     """
-    check_batch_size(batch_size)
+    check_integers({"batch_size": batch_size}, batch_size=1)
     overlap = check_disjoint(forget, retain) if overlap is None else overlap
     run = _Run(model, batch_size, pad_token_id, progress)
     if output is None:
@@ -118,11 +119,6 @@ def _profile(
         forget_side.design_effect(),
         retain_side.design_effect(),
     )
-
-
-def check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise UserError(f"batch_size: got {batch_size}, allowed is 1 or more")
 
 
 class _Side:

@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
+from trace_unlearn.checks import check_integers
 from trace_unlearn.errors import UserError
 from trace_unlearn.sources.encoding import IGNORE_INDEX, Encoder, Row
 from trace_unlearn.sources.records import read_records
@@ -94,9 +95,7 @@ def load_tokens(
     >>> load_tokens(path, tokenizer, progress=False)[0]
     {'input_ids': [1, 2, 3, 0], 'labels': [-100, -100, 3, 0], 'prompt': 'a b', 'answer': 'c'}
     """
-    _check_at_least("max_length", max_length, 2)
-    if limit is not None:
-        _check_at_least("limit", limit, 1)
+    check_integers({"max_length": max_length, "limit": limit}, max_length=2, limit=1)
     if "{question}" not in question_template:
         raise UserError(f"question_template: got {question_template!r}; it must hold {{question}}")
     encoder = Encoder(tokenizer, max_length, question_template)
@@ -132,11 +131,6 @@ def _rows(
         while batch := list(islice(records, BATCH)):
             yield from encoder.encode(batch, notes)
             bar.update(len(batch))
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}: got {value!r}; an integer of at least {least} is allowed")
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
@@ -208,6 +202,28 @@ def loss_bearing(labels: torch.Tensor, attention_mask: torch.Tensor | None = Non
         real = attention_mask != 0
         bearing[:, :-1] &= real[:, :-1] & real[:, 1:]
     return bearing
+
+
+def shifted_targets(
+    labels: torch.Tensor, attention_mask: torch.Tensor | None = None, token_weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels as the kernels take them: what position t predicts, and what its loss weighs.
+
+    Args:
+        labels: integer [B, S], -100 where no loss is borne; labels[:, t] is the token at t.
+        attention_mask: [B, S], nonzero where a token is real; None means everywhere.
+        token_weight: [B, S] float, of predicting t + 1 at position t, as `attach_weights` gives it; None means 1.
+
+    Returns:
+        target, int64 [B, S]: labels[:, t + 1], or -100 where position t bears no loss; weight, float32 [B, S]: 0 there.
+
+    >>> shifted_targets(torch.tensor([[-100, 7, 2, -100]]), token_weight=torch.tensor([[0.5, 2.0, 1.0, 1.0]]))
+    (tensor([[   7,    2, -100, -100]]), tensor([[0.5000, 2.0000, 0.0000, 0.0000]]))
+    """
+    bearing = loss_bearing(labels, attention_mask)
+    target = labels.long().roll(-1, dims=1).masked_fill(~bearing, IGNORE_INDEX)
+    weight = bearing.float() if token_weight is None else token_weight.float().masked_fill(~bearing, 0.0)
+    return target, weight
 
 
 def check_disjoint(forget: datasets.Dataset, retain: datasets.Dataset) -> int:

@@ -38,7 +38,7 @@ def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED) -> s
             `versions`, and the data's fingerprints. All of them may be absent.
         measured: the sections about what the model does.
 
-    >>> card = training_card({"options": {"model": "owner/moe", "objective": "npo"}, "steps": 60})
+    >>> card = training_card({"options": {"model": "owner/moe", "method.objective": "npo"}, "steps": 60})
     >>> card.splitlines()[:3]
     ['---', 'library_name: transformers', 'pipeline_tag: text-generation']
     >>> "base_model: owner/moe" in card
@@ -46,7 +46,7 @@ def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED) -> s
     """
     facts: dict[str, Any] = json.loads(files.to_json(run_facts))
     options, config = facts.get("options") or {}, facts.get("config") or {}
-    objective = config.get("objective") or options.get("objective") or "unknown"
+    objective = config.get("objective") or options.get("method.objective") or "unknown"
     base = str(options.get("model") or "unknown")
     tuned = objective == "finetune"
     parts = [
@@ -162,8 +162,8 @@ def _choices(facts: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     told = {
         name: short_name(str(value)) if name in paths else value for name, value in options.items() if value is not None
     }
-    if "steps" in told:
-        told.pop("epochs", None)  # steps, where given, decide
+    if options.get("training.max_steps", -1) > 0:
+        told.pop("training.num_train_epochs", None)  # steps, where given, decide
     flat = flatten({**told, "versions": facts.get("versions") or {}})
     rows = [[name, value] for name, value in flat.items() if value != "" and not name.endswith("token")]
     if not rows:

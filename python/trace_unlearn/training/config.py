@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from trace_unlearn.checks import check_integers, check_numbers, check_word
 from trace_unlearn.errors import UserError
 from trace_unlearn.training.objectives import OBJECTIVES, Knobs, Objective
 
@@ -77,30 +78,18 @@ class TraceConfig:
     best_forget_nll: float | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("objective", tuple(OBJECTIVES)),
-            ("weighting", WEIGHTINGS),
-            ("retain_loss", RETAIN_LOSSES),
-        ):
-            if (word := getattr(self, name)) not in allowed:
-                raise UserError(f"{name}: got {word!r}, allowed: {', '.join(allowed)}")
+        check_word("objective", self.objective, OBJECTIVES)
+        check_word("weighting", self.weighting, WEIGHTINGS)
+        check_word("retain_loss", self.retain_loss, RETAIN_LOSSES)
         if self.beta is None:
             object.__setattr__(self, "beta", self.method.beta)
-        for name in ("gamma", "alpha", "beta2", "anchor"):
-            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
-                raise UserError(f"{name}: got {value}, allowed are finite numbers from 0")
-        for name in ("beta", "steering"):
-            if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise UserError(f"{name}: got {value}, allowed are finite numbers above 0")
+        check_numbers(self, "gamma", "alpha", "beta2", "anchor")
+        check_numbers(self, "beta", "steering", *_LIMITS, above_0=True)
+        check_integers(self, retain_per_forget=1, stop_every=1, stop_documents=1, layer=0)
         if not math.isfinite(self.delta):
             raise UserError(f"delta: got {self.delta}, allowed are finite numbers")
-        for name in ("retain_per_forget", "stop_every", "stop_documents"):
-            if (count := getattr(self, name)) < 1:
-                raise UserError(f"{name}: got {count}, allowed are integers from 1")
         for name, measured in _LIMITS.items():
             limit = getattr(self, name)
-            if limit is not None and not (math.isfinite(limit) and limit > 0):
-                raise UserError(f"{name}: got {limit}, allowed are finite numbers above 0")
             if limit is not None and (self.method.on_hidden_states or not all(self.needs[which] for which in measured)):
                 raise UserError(f"{name}: got {limit}, but objective {self.objective!r} measures no such loss")
         stop, best = self.stop_forget_nll, self.best_forget_nll
@@ -109,12 +98,8 @@ class TraceConfig:
                 f"best_forget_nll: got {best}, allowed is less than stop_forget_nll, {stop}, where training stops: "
                 "else there is nothing to choose from"
             )
-        if self.layer is not None and self.layer < 0:
-            raise UserError(f"layer: got {self.layer}, allowed are integers from 0")
         if self.retain_loss == "kl" and (self.method.on_hidden_states or not self.method.uses_retain):
             raise UserError(f"retain_loss: got 'kl', but objective {self.objective!r} has no such retain loss")
-        if self.anchor and not self.anchor_experts:
-            raise UserError(f"anchor: got {self.anchor}, but no experts to anchor to")
         if self.anchor and (self.method.on_hidden_states or self.method.forget_loss is None):
             raise UserError(f"anchor: got {self.anchor}, but objective {self.objective!r} takes none")
 

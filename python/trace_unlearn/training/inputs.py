@@ -13,6 +13,8 @@ from trace_unlearn.training.config import TraceConfig
 
 def check_arguments(args: TrainingArguments, config: TraceConfig) -> None:
     """UserError for what would not do what the method says."""
+    if config.anchor and not config.anchor_experts:
+        raise UserError(f"anchor: got {config.anchor}, but no experts to anchor to")
     if config.best_forget_nll is not None:
         if (strategy := SaveStrategy(args.save_strategy)) not in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
             raise UserError(

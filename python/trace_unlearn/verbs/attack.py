@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn import files
 from trace_unlearn.calibration.weights import Calibration
+from trace_unlearn.checks import check_integers, check_numbers
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.attacks import avoiding, avoiding_chosen, quantize_, relearn
 from trace_unlearn.evaluation.attacks.standing import standing
@@ -29,6 +30,7 @@ from trace_unlearn.sources.model import check_inputs, check_placement, load_mode
 from trace_unlearn.training.experts import chosen_experts
 from trace_unlearn.training.trainable import LoraOptions, add_lora
 from trace_unlearn.values import table_of
+from trace_unlearn.verbs.evaluate import suite_sources
 from trace_unlearn.verbs.lock import alone
 from trace_unlearn.versions import versions
 
@@ -45,6 +47,8 @@ ATTENTION = (
     "qkv_proj",
 )
 
+MAKES = "attacks.json"
+PLACES = ("models", "forget", "retain", "output", "calibration")
 ATTACKS = ("relearn", "quantize", "reroute")
 WORK = "attacks.work"  # in the output folder, until all is done: one file for each attack on each model
 # What does not touch the result.
@@ -168,6 +172,11 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
     return table_of(rows)
 
 
+def sources(options: AttackOptions) -> dict[str, str]:
+    """What it reads besides its places, by option."""
+    return ({} if options.relearn_on is None else {"relearn_on": options.relearn_on}) | suite_sources(options)
+
+
 def check(options: AttackOptions) -> list[str]:
     """The checkpoints to attack; UserError for what can be told from the options alone."""
     models = [options.models] if isinstance(options.models, str) else options.models
@@ -175,20 +184,9 @@ def check(options: AttackOptions) -> list[str]:
         raise UserError(f"models: got {', '.join(models) or 'none'}; name at least one, each once")
     if not options.attacks or not set(options.attacks) <= set(ATTACKS):
         raise UserError(f"attacks: got {', '.join(options.attacks) or 'none'}; allowed are {', '.join(ATTACKS)}")
-    for name, least in (
-        ("relearn_rows", 1),
-        ("relearn_steps", 1),
-        ("relearn_every", 1),
-        ("relearn_batch_size", 1),
-        ("relearn_lora_rank", 0),
-        ("group_size", 1),
-        ("batch_size", 1),
-        ("seed", 0),
-    ):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise UserError(f"{name}: got {value}, allowed are integers from {least}")
-    if not 0 < options.relearn_learning_rate < float("inf"):
-        raise UserError(f"relearn_learning_rate: got {options.relearn_learning_rate}, allowed are numbers above 0")
+    check_integers(options, relearn_rows=1, relearn_steps=1, relearn_every=1, relearn_batch_size=1, relearn_lora_rank=0)
+    check_integers(options, group_size=1, batch_size=1, seed=0)
+    check_numbers(options, "relearn_learning_rate", above_0=True)
     if not options.bits or not all(2 <= bits <= 8 for bits in options.bits):
         raise UserError(f"bits: got {options.bits}, allowed are integers from 2 to 8")
     if "relearn" in options.attacks and options.device_map is not None:
@@ -241,15 +239,11 @@ def _facts(inputs: _Inputs, models: list[str]) -> dict[str, Any]:
     """What the results follow from."""
     kept = {name: value for name, value in dataclasses.asdict(inputs.options).items() if name not in (*_FREE, "models")}
     sets = {**inputs.sets, **{f"relearn.{name}": data for name, data in inputs.relearned.items()}}
-    sources = {
-        f"{name}.{part}": files.digest_of(source, f"suites.{name}.{part}")
-        for name, suite in inputs.suites.items()
-        for part, source in suite.sources().items()
-    }
+    prints = {name: files.digest_of(source, name) for name, source in suite_sources(inputs.options).items()}
     return {
         "options": kept,
         "models": {name: files.digest_of(name, "models") for name in models},
-        "fingerprints": {name: fingerprint(data) for name, data in sets.items()} | sources,
+        "fingerprints": {name: fingerprint(data) for name, data in sets.items()} | prints,
         "critical_experts": [list(pair) for pair in inputs.critical],
     }
 

@@ -10,8 +10,11 @@ from trace_unlearn import files
 from trace_unlearn.calibration.calibrate import calibrate, check_settings
 from trace_unlearn.calibration.selection import Selection
 from trace_unlearn.calibration.top_tokens import heaviest_of_profile
-from trace_unlearn.errors import UserError
+from trace_unlearn.checks import check_integers
 from trace_unlearn.routing.statistics import RoutingStatistics
+
+MAKES = "calibration"
+PLACES = ("profile", "output")
 
 
 @dataclass
@@ -56,8 +59,7 @@ def check(options: CalibrateOptions) -> None:
     """UserError for what can be told from the options alone."""
     check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
     Selection(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Selection)})
-    if options.show_tokens < 0:
-        raise UserError(f"show_tokens: got {options.show_tokens}, allowed is 0 or more")
+    check_integers(options, show_tokens=0)
 
 
 def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:

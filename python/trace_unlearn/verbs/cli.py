@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import inspect
 import itertools
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trace_unlearn.checks import meant
 from trace_unlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ def _run(words: list[str]) -> int:
         return 0
     name, *rest = words
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return _fail(PROGRAM, f"unknown verb {name!r}, allowed are {', '.join(VERBS)}{hint}")
+        return _fail(PROGRAM, f"unknown verb {name!r}, allowed are {', '.join(VERBS)}{meant(name, VERBS)}")
     try:
         with _interrupts_kept():
             run_verb(name, rest)
@@ -134,7 +132,7 @@ def run_verb(name: str, words: Sequence[str]) -> None:
     parser = build_parser(name, module, options_class)
     if verb.positional is not None and words and not words[0].startswith("-"):
         words = [verb.positional, *words]
-    namespace = _parse(parser, words)
+    namespace = _parse(parser, words, module)
     if hasattr(module, "options_from"):
         options = module.options_from(namespace)
     else:
@@ -163,7 +161,7 @@ def build_parser(name: str, module: Any, options_class: type) -> ArgumentParser:
     return parser
 
 
-def _parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+def _parse(parser: ArgumentParser, words: Sequence[str], module: Any) -> Namespace:
     import jsonargparse
 
     try:
@@ -172,7 +170,7 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
         raise UserError(f"--config: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
     except (jsonargparse.ArgumentError, OSError) as error:
         message = _plain(str(getattr(error, "message", None) or error))
-        raise UserError(f"{message}{_meant(message, parser)}\nSee {parser.prog} --help") from error
+        raise UserError(f"{message}{_meant(message, parser, module)}\nSee {parser.prog} --help") from error
 
 
 def _with_switches(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
@@ -232,16 +230,16 @@ def _plain(message: str) -> str:
     )
 
 
-def _meant(message: str, parser: ArgumentParser) -> str:
+def _meant(message: str, parser: ArgumentParser, module: Any) -> str:
     """The option that an unknown one was probably meant to be."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
     if unknown is None:
         return ""
     group = re.search(r"Group '([\w.]+)'", message)
     given = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
-    known = [*vars(parser.get_defaults().as_flat()), *(name.split(".")[0] for name in vars(parser.get_defaults()))]
-    near = difflib.get_close_matches(given, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    flat = vars(parser.get_defaults().as_flat())
+    known = [*flat, *getattr(module, "known_names", list)(), *(name.split(".")[0] for name in flat)]
+    return meant(given, known, getattr(module, "RENAMED", None))
 
 
 def _overview() -> str:

@@ -11,6 +11,7 @@ import datasets
 from transformers import PreTrainedModel
 
 from trace_unlearn import files
+from trace_unlearn.checks import check_integers
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.answers import STOPS
 from trace_unlearn.evaluation.measure import check_names, evaluate_model, measure_suites, named_sets, routes_of
@@ -19,6 +20,9 @@ from trace_unlearn.sources.data import check_disjoint, fingerprint, load_tokens
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
 from trace_unlearn.values import flatten, scalars, show, table_of
 from trace_unlearn.versions import versions
+
+MAKES = "metrics.json"
+PLACES = ("models", "forget", "retain", "output", "base")
 
 
 @dataclasses.dataclass
@@ -71,6 +75,18 @@ class EvaluateOptions:
     device_map: str | None = None
 
 
+def sources(options: EvaluateOptions) -> dict[str, str]:
+    """What it reads besides its places, by option: data, checkpoints, benchmarks."""
+    others = {f"others.{name}": source for name, source in options.others.items()}
+    return others | ({} if options.retrained is None else {"retrained": options.retrained}) | suite_sources(options)
+
+
+def suite_sources(options: Any) -> dict[str, str]:
+    """Of benchmarks."""
+    opened = open_suites(options.suites).items()
+    return {f"suites.{name}.{part}": source for name, suite in opened for part, source in suite.sources().items()}
+
+
 def check(options: EvaluateOptions) -> list[str]:
     """The checkpoints to measure; UserError for what can be told from the options alone."""
     models = [options.models] if isinstance(options.models, str) else options.models
@@ -78,11 +94,7 @@ def check(options: EvaluateOptions) -> list[str]:
         raise UserError("models: got none; name at least one checkpoint")
     if len(set(models)) < len(models):
         raise UserError(f"models: got {', '.join(models)}; each may be named once")
-    least = {"batch_size": 1, "max_new_tokens": 0, "max_generations": 1, "routing_tokens": 1}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise UserError(f"{name}: got {value}; an integer of at least {bound} is allowed")
+    check_integers(options, batch_size=1, max_new_tokens=0, max_generations=1, routing_tokens=1)
     if options.device_map is None:
         check_placement(options.dtype, options.device)
     open_suites(options.suites)

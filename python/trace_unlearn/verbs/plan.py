@@ -1,20 +1,28 @@
-"""The verb `plan`: what a training run needs of every device's memory, from the model's configuration alone."""
+"""The verb `plan`: what a training run needs of every device's memory, from the file that `run` reads."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from trace_unlearn.checks import check_integers, check_numbers, check_word
 from trace_unlearn.errors import UserError
 from trace_unlearn.sources.model import check_inputs, check_placement
-from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.forward import Forward
-from trace_unlearn.training.trainable import LoraOptions, add_lora, check_patterns, train_only
+from trace_unlearn.training.trainable import LoraOptions, add_lora, train_only
+from trace_unlearn.verbs import run
+from trace_unlearn.verbs.run import RENAMED, known_names
+from trace_unlearn.verbs.train_options import TrainOptions, check_adapted
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["RENAMED", "Plan", "PlanOptions", "check", "estimate", "known_names", "main"]
 
 SHARDINGS = ("none", "ddp", "fsdp2", "zero2", "zero3")
 #: Numbers that the optimiser keeps for every trained one.
@@ -24,50 +32,40 @@ GB = 1e9
 
 @dataclasses.dataclass
 class PlanOptions:
-    """Says what `train` with the same options needs of every device's memory, and what to change if it does not fit.
+    """Says what `train` needs of every device's memory, and what to change if it does not fit.
 
-    Nothing but the model's configuration is read. Weights, gradients and optimiser are exact; activations are a rough
-    estimate.
+    It reads the configuration file of `run`. Of the model only its configuration is read. Weights, gradients and
+    optimiser are exact; activations are a rough estimate.
 
     Args:
-        model: a checkpoint folder or hub name; the folder needs no weights.
-        objective: as in `train`.
-        retain_loss: as in `train`.
-        retain_per_forget: as in `train`.
-        max_length: as in `train`.
-        batch_size: as in `train`: of one process.
-        joint_forward: as in `train`.
-        trainable: as in `train`.
-        lora_rank: as in `train`.
-        lora_modules: as in `train`.
-        lora_parameters: as in `train`.
-        gradient_checkpointing: as in `train`.
-        dtype: as in `train`.
-        bf16: as in `train`.
-        optimizer: "adamw_torch", "adamw_torch_fused" or "sgd".
+        train: what is to be trained, and how.
         sharding: "none", "ddp", "fsdp2", "zero2" or "zero3", see docs/many_devices.md.
         processes: how many.
         memory: of one device, in GB; by default what is found here.
     """
 
-    model: str
-    objective: str = "grad_diff"
-    retain_loss: str = "nll"
-    retain_per_forget: int = 1
-    max_length: int = 512
-    batch_size: int = 4
-    joint_forward: bool = False
-    trainable: list[str] = dataclasses.field(default_factory=list)
-    lora_rank: int = 0
-    lora_modules: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-    lora_parameters: list[str] = dataclasses.field(default_factory=list)
-    gradient_checkpointing: bool = False
-    dtype: str = "auto"
-    bf16: bool = False
-    optimizer: str = "adamw_torch"
+    train: TrainOptions
     sharding: str = "none"
     processes: int = 1
     memory: float | None = None
+
+    @property
+    def optimizer(self) -> str:
+        return str(self.train.training.get("optim", "adamw_torch"))
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags: those of `run`, and a plan's own."""
+    parser.add_class_arguments(PlanOptions, as_group=False, skip={"train"})
+    parser.add_argument("--forget", type=str, help="not read")
+    parser.add_argument("--retain", type=str, help="not read")
+    run.add_arguments(parser, skip={"forget", "retain"})
+
+
+def options_from(namespace: Namespace) -> PlanOptions:
+    """The options that the command line gave."""
+    mine = {field.name: namespace[field.name] for field in dataclasses.fields(PlanOptions) if field.name != "train"}
+    return PlanOptions(run.train_options(run.options_from(namespace)), **mine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ def main(options: PlanOptions, say: Callable[[str], None] = print) -> None:
     plan = estimate(options, config)
     memory, device = _memory(options)
     shared = "" if options.processes == 1 else f", each of {options.processes} processes ({options.sharding})"
-    say(f"plan: {options.model}{shared}")
+    say(f"plan: {options.train.model}{shared}")
     for name, value in (
         ("weights", plan.weights),
         ("gradients", plan.gradients),
@@ -111,52 +109,45 @@ def main(options: PlanOptions, say: Callable[[str], None] = print) -> None:
     if plan.total <= memory:
         say("it fits")
         return
-    ways = [
-        (name, estimate(dataclasses.replace(options, **changes), config).total)
-        for name, changes in _changes(options).items()
-    ]
+    ways = [(name, estimate(changed, config).total) for name, changed in _changes(options).items()]
     say("it does not fit; alone each of these needs:")
     for name, total in sorted(ways, key=lambda way: way[1]):
-        say(f"  {name:<40}{total / GB:10.2f} GB{'  fits' if total <= memory else ''}")
+        say(f"  {name:<60}{total / GB:10.2f} GB{'  fits' if total <= memory else ''}")
 
 
 def check(options: PlanOptions) -> PreTrainedConfig:
     """The model's configuration; UserError for options that do not fit each other."""
-    TraceConfig(options.objective, retain_loss=options.retain_loss, retain_per_forget=options.retain_per_forget)
-    check_placement(options.dtype, "cpu")
-    check_patterns(options.trainable)
-    if options.optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer: got {options.optimizer!r}, allowed: {', '.join(OPTIMIZERS)}")
-    if options.sharding not in SHARDINGS:
-        raise UserError(f"sharding: got {options.sharding!r}, allowed: {', '.join(SHARDINGS)}")
-    for name, least in (("batch_size", 1), ("max_length", 1), ("processes", 1), ("lora_rank", 0)):
-        if (value := getattr(options, name)) < least:
-            raise UserError(f"{name}: got {value}, allowed are integers from {least}")
+    train = options.train
+    check_placement(train.dtype, "cpu")
+    check_adapted(train)
+    check_word("training.optim", options.optimizer, OPTIMIZERS)
+    check_word("sharding", options.sharding, SHARDINGS)
+    check_integers(train, max_length=1)
+    check_integers(train.arguments, "training.", per_device_train_batch_size=1)
+    check_integers(options, processes=1)
+    check_numbers(options, "memory", above_0=True)
     if options.processes > 1 and options.sharding == "none":
         raise UserError(f"sharding: got 'none' with {options.processes} processes, allowed: {', '.join(SHARDINGS[1:])}")
-    if options.trainable and options.lora_rank:
-        raise UserError("trainable and lora_rank: got both; each says alone what is trained, so give one of them")
-    if options.memory is not None and not options.memory > 0:
-        raise UserError(f"memory: got {options.memory}, allowed are numbers above 0")
-    return check_inputs(options.model, moe=False, weights=False)
+    return check_inputs(train.model, moe=False, weights=False)
 
 
 def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
     """The plan, from a model without storage."""
-    dtype: Any = getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32
+    train = options.train
+    dtype: Any = getattr(torch, train.dtype) if train.dtype != "auto" else config.dtype or torch.float32
     with torch.device("meta"):  # which, unlike init_empty_weights, leaves tied weights tied
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-        if options.lora_rank:
-            ends = tuple(options.lora_modules), tuple(options.lora_parameters)
-            model = add_lora(model, LoraOptions(options.lora_rank, modules=ends[0], parameters=ends[1]))
-        elif options.trainable:
-            train_only(model, options.trainable)
-        method_config = TraceConfig(options.objective, retain_loss=options.retain_loss)
-        forward = Forward(model, method_config)
+        if train.lora_rank:
+            ends = tuple(train.lora_modules), tuple(train.lora_parameters)
+            model = add_lora(model, LoraOptions(train.lora_rank, modules=ends[0], parameters=ends[1]))
+        elif train.trainable:
+            train_only(model, train.trainable)
+        # Without the anchor, which needs experts that a calibration may name, and no memory to speak of.
+        forward = Forward(model, dataclasses.replace(train.method, anchor=0.0))
         forward.freeze_unused()
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    master = options.sharding == "fsdp2" and options.bf16  # which accelerate then keeps in float32
+    master = options.sharding == "fsdp2" and train.arguments["bf16"]  # which accelerate then keeps in float32
     weights = sum(p.numel() * (4 if master and p.requires_grad else p.element_size()) for p in parameters)
     weights += forward.reference_bytes
     gradients = sum(p.numel() * (4 if master else p.element_size()) for p in trained)
@@ -167,7 +158,7 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
     layer = max(sum(p.numel() * p.element_size() for p in child.parameters()) for child in layers)
     head = max(p.numel() * p.element_size() for p in parameters if p.dim() == 2)
     communication = {"none": 0, "ddp": gradients, "zero2": 0}.get(options.sharding, 2 * layer + head)
-    saved = sum(p.numel() * p.element_size() for p in (trained if options.lora_rank else parameters))
+    saved = sum(p.numel() * p.element_size() for p in (trained if train.lora_rank else parameters))
     checkpoint = saved + optimizer
     share = options.processes
     weights, gradients, optimizer = (
@@ -178,21 +169,23 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
             (optimizer, ("fsdp2", "zero2", "zero3")),
         )
     )
-    method = method_config.method
-    documents = (method.forget_loss is not None) + options.retain_per_forget * method.uses_retain
+    method = train.method.method
+    documents = (method.forget_loss is not None) + train.method.retain_per_forget * method.uses_retain
     documents += method.needs_alternate
-    joint = options.joint_forward or options.sharding in ("fsdp2", "zero2", "zero3")
+    joint = train.joint_forward or options.sharding in ("fsdp2", "zero2", "zero3")
     at_once = documents if joint else 1 + method.needs_alternate
-    plain_tokens, tokens = (options.batch_size * n * options.max_length for n in (documents, at_once))
+    plain_tokens, tokens = (
+        train.arguments["per_device_train_batch_size"] * n * train.max_length for n in (documents, at_once)
+    )
     text = config.get_text_config()
     refers = method.needs_reference or method.needs_divergence or method.on_hidden_states
-    needs_reference = refers or options.retain_loss == "kl"
+    needs_reference = refers or train.method.retain_loss == "kl"
     return Plan(
         weights,
         gradients,
         optimizer,
         communication,
-        _activations(text, tokens, dtype, options),
+        _activations(text, tokens, dtype, train),
         plain_tokens * text.vocab_size * 8,
         sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         if needs_reference
@@ -201,15 +194,17 @@ def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
     )
 
 
-def _activations(text: Any, tokens: int, dtype: torch.dtype, options: PlanOptions) -> int:
+def _activations(text: Any, tokens: int, dtype: torch.dtype, train: TrainOptions) -> int:
     """Roughly what a forward keeps for its backward."""
-    size = 2 if options.bf16 else dtype.itemsize
+    size = 2 if train.arguments["bf16"] else dtype.itemsize
     width, layers = text.hidden_size, text.num_hidden_layers
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * width
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     # Norms, attention's projections and residuals; the experts' inputs, outputs, gates and products.
     one_layer = tokens * size * (12 * width + chosen * (2 * width + 4 * inner))
-    kept = layers * tokens * width * size + one_layer if options.gradient_checkpointing else layers * one_layer
+    kept = (
+        layers * tokens * width * size + one_layer if train.arguments["gradient_checkpointing"] else layers * one_layer
+    )
     return int(kept + tokens * width * 4)  # and the stash of the loss
 
 
@@ -222,25 +217,30 @@ def _memory(options: PlanOptions) -> tuple[float, str]:
     return pages / options.processes, "host memory, a process's share"
 
 
-def _changes(options: PlanOptions) -> dict[str, dict[str, Any]]:
-    """Single changes that save memory, by what to call them."""
-    ways: dict[str, dict[str, Any]] = {}
-    if options.joint_forward:
-        ways["joint_forward false"] = {"joint_forward": False}
-    if not options.gradient_checkpointing:
-        ways["gradient_checkpointing true"] = {"gradient_checkpointing": True}
-    if options.batch_size > 1:
-        ways[f"batch_size 1, accumulation {options.batch_size}"] = {"batch_size": 1}
-    if not options.lora_rank:
-        ways["lora_rank 8"] = {"lora_rank": 8, "trainable": []}
-        ways["lora_rank 8, gradient_checkpointing true"] = {
-            "lora_rank": 8,
-            "trainable": [],
-            "gradient_checkpointing": True,
-        }
-    if options.dtype in ("auto", "float32"):
-        ways["dtype bfloat16"] = {"dtype": "bfloat16"}
+def _changes(options: PlanOptions) -> dict[str, PlanOptions]:
+    """The plan's options with single changes that save memory, by what to call them."""
+    train, given = options.train, options.train.arguments
+
+    def trained(training: dict[str, Any] | None = None, **changes: Any) -> PlanOptions:
+        changed = dataclasses.replace(train, training={**train.training, **(training or {})}, **changes)
+        return dataclasses.replace(options, train=changed)
+
+    ways: dict[str, PlanOptions] = {}
+    checkpointing = {"gradient_checkpointing": True}
+    if train.joint_forward:
+        ways["joint_forward false"] = trained(joint_forward=False)
+    if not given["gradient_checkpointing"]:
+        ways["gradient_checkpointing true"] = trained(checkpointing)
+    if (size := given["per_device_train_batch_size"]) > 1:
+        name = f"per_device_train_batch_size 1, gradient_accumulation_steps {size}"
+        ways[name] = trained({"per_device_train_batch_size": 1})
+    if not train.lora_rank:
+        adapters: dict[str, Any] = {"lora_rank": 8, "trainable": [], "experts": []}
+        ways["lora_rank 8"] = trained(**adapters)
+        ways["lora_rank 8, gradient_checkpointing true"] = trained(checkpointing, **adapters)
+    if train.dtype in ("auto", "float32"):
+        ways["dtype bfloat16"] = trained(dtype="bfloat16")
     for count in (2, 4, 8, 16):
         if count > options.processes:
-            ways[f"fsdp2 over {count} devices"] = {"sharding": "fsdp2", "processes": count}
+            ways[f"fsdp2 over {count} devices"] = dataclasses.replace(options, sharding="fsdp2", processes=count)
     return ways

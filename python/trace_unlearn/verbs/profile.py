@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trace_unlearn import files
-from trace_unlearn.routing.profile import check_batch_size, profile_routing
+from trace_unlearn.checks import check_integers
+from trace_unlearn.routing.profile import profile_routing
 from trace_unlearn.sources.data import check_disjoint, load_tokens
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
+
+MAKES = "profile"
+PLACES = ("model", "forget", "retain", "output")
 
 
 @dataclass
@@ -42,7 +46,7 @@ class ProfileOptions:
 
 def check(options: ProfileOptions) -> None:
     """UserError for what can be told from the options alone."""
-    check_batch_size(options.batch_size)
+    check_integers(options, batch_size=1)
     check_placement(options.dtype, options.device)
 
 

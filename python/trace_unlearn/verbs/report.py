@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trace_unlearn.checks import check_integers
 from trace_unlearn.errors import UserError
 from trace_unlearn.reporting.report import footer, report_run
+
+MAKES = "report.html"
+PLACES = ("run", "output")
 
 
 @dataclass
@@ -33,8 +37,7 @@ def main(options: ReportOptions, say: Callable[[str], None] = print) -> None:
     output = Path(options.output) if options.output else folder
     if not folder.is_dir():
         raise UserError(f"run: {folder} is not a folder")
-    if options.show_tokens < 0:
-        raise UserError(f"show_tokens: got {options.show_tokens}, allowed is 0 or more")
+    check_integers(options, show_tokens=0)
     say(f"report: {folder} -> {output / 'report.html'}")
     page = report_run(folder, options.show_tokens)
     say(f"wrote {page.write(output, footer=footer())}")

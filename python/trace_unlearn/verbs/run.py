@@ -8,53 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from trace_unlearn.checks import meant
 from trace_unlearn.errors import UserError
-from trace_unlearn.evaluation.suites import open_suites
-from trace_unlearn.files import at_home, digest_of, read_json, refuse_existing, write_json
+from trace_unlearn.files import at_home, digest_of, read_json, refuse_existing, to_json, write_json
 from trace_unlearn.reporting.model_card import write_evaluated
 from trace_unlearn.sources.model import is_moe
 from trace_unlearn.sources.records import check_source
-from trace_unlearn.verbs.attack import AttackOptions
-from trace_unlearn.verbs.calibrate import CalibrateOptions
-from trace_unlearn.verbs.evaluate import EvaluateOptions
+from trace_unlearn.values import flatten
+from trace_unlearn.verbs import attack, calibrate, evaluate, profile, report, train
 from trace_unlearn.verbs.lock import LOCK, alone
-from trace_unlearn.verbs.profile import ProfileOptions
-from trace_unlearn.verbs.report import ReportOptions
-from trace_unlearn.verbs.train import TrainOptions, remove_leftover
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-SECTIONS: dict[str, type] = {
-    "profile": ProfileOptions,
-    "calibrate": CalibrateOptions,
-    "train": TrainOptions,
-    "evaluate": EvaluateOptions,
-    "attack": AttackOptions,
+#: The verbs with a section, in turn. Of each module the run reads MAKES (its product in the run folder), PLACES (the
+#: options that say where and not what: the run gives them), `sources` (what else it reads) and `check`.
+SECTIONS: dict[str, ModuleType] = {
+    "profile": profile,
+    "calibrate": calibrate,
+    "train": train,
+    "evaluate": evaluate,
+    "attack": attack,
 }
-# What the run itself gives to the verbs, beside its fields of the same names.
-GIVEN = {
-    "calibrate": {"profile"},
-    "train": {"calibration", "profile"},
-    "evaluate": {"models", "base"},
-    "attack": {"models", "calibration"},
+OPTIONS: dict[str, type] = {
+    "profile": profile.ProfileOptions,
+    "calibrate": calibrate.CalibrateOptions,
+    "train": train.TrainOptions,
+    "evaluate": evaluate.EvaluateOptions,
+    "attack": attack.AttackOptions,
 }
-PRODUCTS = {
-    "profile": "profile",
-    "calibrate": "calibration",
-    "train": "model",
-    "evaluate": "metrics.json",
-    "attack": "attacks.json",
-    "report": "report.html",
-}
+RENAMED = {f"train.{name}": f"train.{now}" for name, now in train.RENAMED.items()}
 RECORD = "steps.json"
 
 
@@ -102,11 +93,16 @@ class RunOptions:
     attack: dict[str, Any] = field(default_factory=dict)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser, skip: Collection[str] = ()) -> None:
     """The flags: the run's own, and a group for every section."""
-    parser.add_class_arguments(RunOptions, as_group=False, skip=set(SECTIONS))
-    for section, options_class in SECTIONS.items():
-        parser.add_class_arguments(options_class, section, skip=set(_given(section)), instantiate=False)
+    parser.add_class_arguments(RunOptions, as_group=False, skip={*SECTIONS, *skip})
+    for section, options_class in OPTIONS.items():
+        parser.add_class_arguments(options_class, section, skip=_given(section), instantiate=False)
+
+
+def known_names() -> list[str]:
+    """The options that no field lists."""
+    return [f"train.{name}" for name in train.known_names()]
 
 
 def options_from(namespace: Namespace) -> RunOptions:
@@ -147,17 +143,17 @@ def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None])
             if step.verb in finished:
                 say(f"{step.verb}: done already, {output / step.product} is there")
                 if step.verb == "train":
-                    remove_leftover(step.options)
+                    train.remove_leftover(step.options)
                 continue
             # Recorded before it begins: the product appears in one step, and then belongs to this record.
             record[step.verb] = step.identity()
             write_json(output / RECORD, record)
             begun = time.monotonic()
-            importlib.import_module(f"trace_unlearn.verbs.{step.verb}").main(step.options)
+            step.module.main(step.options)
             record[step.verb]["seconds"] = round(time.monotonic() - begun, 1)
             write_json(output / RECORD, record)
         # Last of all: what reads the model folder would take it for another one.
-        write_evaluated(output / PRODUCTS["train"], output)
+        write_evaluated(output / train.MAKES, output)
 
 
 def _remove_unused(output: Path) -> None:
@@ -184,15 +180,19 @@ class Step:
     inputs: Mapping[str, str]
 
     @property
+    def module(self) -> ModuleType:
+        return SECTIONS.get(self.verb, report)
+
+    @property
     def product(self) -> str:
-        return PRODUCTS[self.verb]
+        made: str = self.module.MAKES
+        return made
 
     def check(self) -> None:
-        """UserError for a mistake in the options, which would else show only when the steps before it are done."""
-        module = importlib.import_module(f"trace_unlearn.verbs.{self.verb}")
-        if hasattr(module, "check"):
+        """UserError for a mistake in the options, which would otherwise show when the steps before it are done."""
+        if hasattr(self.module, "check"):
             try:
-                module.check(self.options)
+                self.module.check(self.options)
             except UserError as error:
                 raise UserError(f"{self.verb}: {error}") from error
 
@@ -201,9 +201,12 @@ class Step:
         choices = {
             item.name: getattr(self.options, item.name)
             for item in dataclasses.fields(self.options)
-            if item.name not in _given(self.verb) or item.name in _SHARED
+            if item.name not in self.module.PLACES
         }
-        identity: dict[str, Any] = json.loads(json.dumps({"options": choices, "inputs": dict(self.inputs)}))
+        identity: dict[str, Any] = {
+            "options": flatten(json.loads(to_json(choices))),
+            "inputs": dict(self.inputs),
+        }
         return identity
 
     def digest(self) -> str:
@@ -235,22 +238,21 @@ class Step:
         return True
 
 
-_SHARED = ("max_length", "forget_limit", "retain_limit", "dtype", "device", "attacks")
-
-
 def _given(verb: str) -> set[str]:
-    """The options of a verb that the run itself gives."""
-    if verb == "report":
-        return {"run", "output"}
+    """The options of a verb that the run itself gives: the places, and the run's own by the same names."""
+    return {*SECTIONS[verb].PLACES, *_shared(verb)}
+
+
+def _shared(verb: str) -> set[str]:
     mine = {item.name for item in dataclasses.fields(RunOptions)} - {*SECTIONS, "report"}
-    theirs = {item.name for item in dataclasses.fields(SECTIONS[verb])}
-    return (mine & theirs) | GIVEN.get(verb, set())
+    return mine & {item.name for item in dataclasses.fields(OPTIONS[verb])}
 
 
 def _steps(options: RunOptions) -> list[Step]:
     """All steps with their options, checked and digested before anything is done."""
     output = Path(options.output)
-    uniform = options.train.get("weighting") == "uniform"
+    method = options.train.get("method") or {}
+    uniform = method.get("weighting") == "uniform"
     retrained = options.evaluate.get("retrained")
     given: dict[str, dict[str, Any]] = {
         "profile": {"output": str(output / "profile")},
@@ -282,7 +284,7 @@ def _steps(options: RunOptions) -> list[Step]:
     for verb in given:
         if (uniform and verb in ("profile", "calibrate")) or (verb == "attack" and not options.attacks):
             continue
-        shared = {name: getattr(options, name) for name in _given(verb) - GIVEN.get(verb, set())}
+        shared = {name: getattr(options, name) for name in _shared(verb)}
         built = _build(verb, {**getattr(options, verb), **shared, **given[verb]})
         read = {} if verb == "calibrate" else dict(inputs)
         read |= _read_besides(verb, built)
@@ -290,27 +292,17 @@ def _steps(options: RunOptions) -> list[Step]:
             read[steps[-1].verb] = steps[-1].digest()
         steps.append(Step(verb, built, read))
     if options.report:
-        steps.append(Step("report", ReportOptions(run=str(output)), {steps[-1].verb: steps[-1].digest()}))
+        steps.append(Step("report", report.ReportOptions(run=str(output)), {steps[-1].verb: steps[-1].digest()}))
     return steps
 
 
 def _read_besides(verb: str, options: Any) -> dict[str, str]:
     """Digests of what the sections name besides the run's own data."""
-    sources: dict[str, str] = {}
-    if verb == "train":
-        given = {name: getattr(options, name) for name in ("alternate", "retain_eval")}
-        sources |= {name: source for name, source in given.items() if source is not None}
-    if verb == "evaluate":
-        sources |= {f"others.{name}": source for name, source in options.others.items()}
-    if verb == "attack" and options.relearn_on is not None:
-        sources["relearn_on"] = options.relearn_on
+    module = SECTIONS[verb]
+    sources: dict[str, str] = module.sources(options) if hasattr(module, "sources") else {}
     for name, source in sources.items():
-        _check_source(source, f"{verb}.{name}")
-    if verb == "evaluate":
-        sources |= {"retrained": options.retrained} if options.retrained is not None else {}
-    if verb in ("evaluate", "attack"):
-        for name, suite in open_suites(options.suites).items():
-            sources |= {f"suites.{name}.{part}": source for part, source in suite.sources().items()}
+        if name != "retrained" and not name.startswith("suites."):  # a checkpoint, and what suites check
+            _check_source(source, f"{verb}.{name}")
     return {name: digest_of(source, f"{verb}.{name}") for name, source in sources.items()}
 
 
@@ -322,8 +314,15 @@ def _check_source(source: str, name: str) -> None:
 
 
 def _build(verb: str, values: dict[str, Any]) -> Any:
-    known = {item.name for item in dataclasses.fields(SECTIONS[verb])}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UserError(f"{verb}: {unknown[0]!r} is none of its options: {', '.join(sorted(known - _given(verb)))}")
-    return SECTIONS[verb](**values)
+    known = {item.name for item in dataclasses.fields(OPTIONS[verb])}
+    if unknown := sorted(set(values) - known):
+        hint = meant(f"{verb}.{unknown[0]}", (f"{verb}.{name}" for name in known - _given(verb)), RENAMED)
+        raise UserError(f"{verb}: {unknown[0]!r} is none of its options{hint}")
+    return OPTIONS[verb](**values)
+
+
+def train_options(options: RunOptions) -> train.TrainOptions:
+    """What the run gives to `train`, for whoever asks before there is a run."""
+    shared = {name: getattr(options, name) for name in _shared("train")}
+    built: train.TrainOptions = _build("train", {**options.train, **shared})
+    return built

@@ -30,16 +30,18 @@ from trace_unlearn.training.pairs import check_alternates
 from trace_unlearn.training.trainable import LoraOptions, add_lora, train_only
 from trace_unlearn.training.trainer import TRACE, TraceTrainer
 from trace_unlearn.verbs.lock import LOCK, alone
-from trace_unlearn.verbs.train_options import TrainOptions, check, training_arguments
+from trace_unlearn.verbs.train_options import RENAMED, TrainOptions, check, known_names, training_arguments
 from trace_unlearn.versions import versions
 
-__all__ = ["TrainOptions", "check", "main"]
+__all__ = ["MAKES", "PLACES", "RENAMED", "TrainOptions", "check", "known_names", "main", "sources"]
 
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"  # in the folder of a run under way: what it depends on
 # What a resumed run may change: it does not touch the result (but save_steps does where a checkpoint is chosen).
-_FREE = ("output", "log_steps", "save_steps", "keep_checkpoints", "device")
+_FREE = ("output", "device", "training.logging_steps", "training.save_steps", "training.save_total_limit")
+MAKES = "model"
+PLACES = ("model", "forget", "retain", "calibration", "profile", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,12 @@ class _Inputs:
     sets: dict[str, datasets.Dataset]  # forget, retain, alternate, retain_eval: those that are used
     calibration: Calibration | None
     facts: dict[str, Any]  # what the run depends on
+
+
+def sources(options: TrainOptions) -> dict[str, str]:
+    """What it reads besides its places, by option."""
+    given = {"alternate": options.alternate, "retain_eval": options.retain_eval}
+    return {name: source for name, source in given.items() if source is not None}
 
 
 def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
@@ -95,8 +103,9 @@ def _train(
         trainer.save_unlearned(output, {**inputs.facts, "versions": versions()})
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "out of memory: use a smaller batch_size with more accumulation (the result is the same), "
-            "gradient_checkpointing, a smaller max_length, or lora_rank"
+            "out of memory: use a smaller training.per_device_train_batch_size with more "
+            "training.gradient_accumulation_steps (the result is the same), training.gradient_checkpointing, a smaller "
+            "max_length, or lora_rank"
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
@@ -117,7 +126,7 @@ def remove_leftover(options: TrainOptions) -> bool:
     if not ((work / RECORD).is_file() and (output / TRACE).is_file()):
         return False
     begun, written = files.read_json(work / RECORD), files.read_json(output / TRACE)
-    wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+    wanted = json.loads(json.dumps(_recorded(options)))
     if any(written.get(name) != value for name, value in begun.items()):
         return False
     if any(wanted.get(name) != value for name, value in begun["options"].items()):
@@ -152,7 +161,7 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     if options.calibration is not None and config.routes_weigh:
         calibration, digest = Calibration.load(options.calibration), _digest(Path(options.calibration))
     limits = {"forget": options.forget_limit, "retain": options.retain_limit, "alternate": options.forget_limit}
-    limits["retain_eval"] = options.stop_documents
+    limits["retain_eval"] = config.stop_documents
     needs = {**config.needs, "retain_eval": options.retain_eval is not None}
     sets = {
         name: load_tokens(getattr(options, name), tokenizer, max_length=options.max_length, limit=limits[name])
@@ -169,10 +178,9 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     if calibration is not None:
         _check_calibration(options, calibration, model_config.model_type, prints["forget_fingerprint"])
         sets["retain"] = attach_weights(sets["retain"], calibration)
-    free = {*_FREE} - ({"save_steps"} if config.best_forget_nll is not None else set())
     facts = {
         "method": _method(config, calibration is not None),
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in free},
+        "options": _recorded(options),
         "model_digest": files.digest_of(options.model, "model"),
         **prints,
         "experts": [list(pair) for pair in config.anchor_experts],
@@ -181,6 +189,16 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
         else {"sha256": digest, "rule": calibration.rule, "ess": calibration.ess, **calibration.choices},
     }
     return _Inputs(config, tokenizer, sets, calibration, facts)
+
+
+def _recorded(options: TrainOptions) -> dict[str, Any]:
+    """The options that the result follows from, flat, with the defaults of `training`."""
+    free = {*_FREE} - ({"training.save_steps"} if options.method.best_forget_nll is not None else set())
+    method, training = dataclasses.asdict(options.method), options.arguments
+    flat = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("method", "training")}
+    flat |= {f"method.{name}": value for name, value in method.items() if name != "anchor_experts"}
+    flat |= {f"training.{name}": value for name, value in training.items()}
+    return {name: value for name, value in flat.items() if name not in free}
 
 
 def _method(config: TraceConfig, calibrated: bool) -> str:
@@ -239,7 +257,7 @@ def _trainer(
     device = "cpu" if arguments.world_size > 1 or arguments.device.type == "cpu" else None
     model: Any = load_model(options.model, dtype=options.dtype, device=device)
     if options.lora_rank:
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.arguments["seed"])
         modules, parameters = tuple(options.lora_modules), tuple(options.lora_parameters)
         model = add_lora(model, LoraOptions(options.lora_rank, options.lora_alpha, modules, parameters))
     elif options.trainable:
@@ -252,7 +270,7 @@ def _trainer(
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
         logger.warning(
             "the trained weights are in half precision, where small updates are lost to rounding; dtype float32 with "
-            "bf16 keeps them"
+            "training.bf16 keeps them"
         )
     step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if "forget" in inputs.sets and step > (there := len(inputs.sets["forget"])):
@@ -263,6 +281,6 @@ def _trainer(
         config=inputs.config,
         **inputs.sets,
         joint_forward=options.joint_forward,
-        calibration=inputs.calibration if options.weighting == "live" else None,  # else attached already
+        calibration=inputs.calibration if inputs.config.weighting == "live" else None,  # otherwise attached already
         processing_class=inputs.tokenizer,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,51 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from trace_unlearn.checks import check_integers, check_numbers, check_word, meant
 from trace_unlearn.errors import UserError
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.experts import check_words
 from trace_unlearn.training.trainable import check_patterns
 
-# Set from options of our own, so not to be given as `training`.
-_RESERVED = ("output_dir", "remove_unused_columns", "label_names", "push_to_hub", "load_best_model_at_end")
+#: Where `training` differs from the defaults of transformers.TrainingArguments, and the fields that most runs set.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_steps": -1,
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "seed": 0,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 1,
+    "logging_steps": 10,
+    "report_to": "none",
+}
+#: What other codebases call some of them, and what comes to mind.
+RENAMED = {
+    "steps": "training.max_steps",
+    "epochs": "training.num_train_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "accumulation": "training.gradient_accumulation_steps",
+    "schedule": "training.lr_scheduler_type",
+    "keep_checkpoints": "training.save_total_limit",
+    "log_steps": "training.logging_steps",
+    "optimizer": "training.optim",
+}
+ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)} | {"gradient_checkpointing"}
 _REFUSED = {
+    "output_dir": "the run works in OUTPUT.training",
+    "use_cpu": "`device` says it",
+    "remove_unused_columns": "the trainer sets it",
+    "label_names": "the trainer sets it",
+    "push_to_hub": "a result is pushed when it is whole",
+    "load_best_model_at_end": "best_forget_nll chooses the checkpoint",
     "save_only_model": "an interrupted run could not go on from such checkpoints as if nothing had happened",
     "eval_strategy": "nothing is evaluated while training: stop_forget_nll and best_forget_nll measure then, and "
     "`trace-unlearn evaluate` afterwards",
@@ -41,129 +78,78 @@ class TrainOptions:
             "grad_ascent".
         alternate: for objective "dpo": data like forget, record by record, with the answers to prefer (refusals, to
             make it IdkDPO).
-        output: the checkpoint folder to write; must not exist. Until then the run works in OUTPUT.training.
+        retain_eval: retain data to measure on and not to train on, where method stops by it or chooses a checkpoint;
+            by default a tenth of retain (stop_documents at most) is held out.
         calibration: the folder that `calibrate` wrote; not needed with weighting "uniform".
-        objective: "grad_diff", "npo", "simnpo", "grad_ascent", "wga", "satimp", "ce_u", "dpo", "undial" or "rmu"; or
-            "finetune", to learn retain instead (targets and retrained references). See docs/objectives.md.
-        gamma: weight of the forget loss.
-        alpha: weight of the retain loss.
-        beta: the objective's own strength; by default as published.
-        beta2: of satimp: the power of 1 - p.
-        delta: of simnpo: the margin in nats a token.
-        layer: of rmu: the decoder layer that is steered; by default a quarter of the way up.
-        steering: of rmu: the length of the steering vector; set it to some multiple of the layer's hidden states.
-        retain_loss: "nll" or "kl" (stay near the original model's distributions; its hidden states of the retain set
-            are written to OUTPUT.training, except with lora_rank).
-        weighting: "reference" (weights from the original model's routing), "live" (from the routing of each forward)
-            or "uniform" (no TRACE).
-        retain_per_forget: retain documents a forget document.
-        stop_forget_nll: stop once the mean loss of forget tokens has risen to this many nats; never by default.
-        stop_retain_nll: stop once that of held-out retain tokens has.
-        stop_retain_increase: stop once that of held-out retain tokens has risen by so many nats.
-        stop_every: steps between two measures of them.
-        stop_documents: the measures take the first so many documents of a set.
-        best_forget_nll: write the best checkpoint instead of the last model: of those whose forget tokens have at least
-            this mean loss, the one with the lowest loss of held-out retain tokens; where none has, the one that forgot
-            most. One is chosen from every save_steps steps; the best one and the last keep_checkpoints stay on disk.
-        retain_eval: retain data to measure on and not to train on, for the options above; by default a tenth of retain
-            (stop_documents at most) is held out.
+        profile: the folder that `profile` wrote; needed for experts "topM".
+        output: the checkpoint folder to write; must not exist. Until then the run works in OUTPUT.training.
         max_length: the most tokens of a document; as in `profile`.
         forget_limit: use only that many forget documents; as in `profile`.
         retain_limit: use only that many retain documents; as in `profile`.
-        learning_rate: of AdamW.
-        schedule: of the learning rate after the warm-up: "constant", "linear", "cosine", ... (transformers' names).
-        warmup_steps: steps over which the learning rate rises.
-        steps: optimisation steps; by default `epochs` decides.
-        epochs: passes over the forget set, each rounded up to whole steps: what fills a pass's last step is the
-            beginning of the next one.
-        batch_size: forget documents a process and batch; no forward takes more documents than that.
-        accumulation: such batches an optimisation step.
-        joint_forward: one forward for the forget and retain documents of a batch, where else each has its own: faster,
-            for the memory of more activations. Always so with FSDP and DeepSpeed.
-        max_grad_norm: where gradients are clipped; 0 for never.
-        weight_decay: of AdamW.
+        method: what is done to the model: the fields of `TraceConfig`.
+        joint_forward: one forward for the forget and retain documents of a batch, where otherwise each has its own:
+            faster, for the memory of more activations. Always so with FSDP and DeepSpeed.
         experts: train only these experts and their routers: LAYER.EXPERT (decoder layer), "selected" (all that the
             calibration selected) or "topM" (the M that the forget set activates most, as SEUF does with M = 1).
-        anchor: weight of the SEUF anchor loss that keeps forget tokens on these experts; 1 as published, 0 for none.
-        profile: the folder that `profile` wrote; needed for experts "topM".
+            method.anchor refers to them.
         trainable: regular expressions; only parameters in whose name one is found are trained. All by default.
         lora_rank: train adapters of this rank instead of the model's own weights; 0 for none. Merged at the end.
         lora_alpha: the adapters' scale is lora_alpha / lora_rank.
         lora_modules: ends of the names of the linear layers that get an adapter.
         lora_parameters: ends of the names of stacked expert weights that get one, such as "mlp.experts.down_proj".
-        gradient_checkpointing: keep fewer activations and compute them again.
-        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
-        bf16: compute in bfloat16 whatever the weights are; with dtype float32 no small update is lost to rounding.
+        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16"; with
+            training.bf16 and float32 no small update is lost to rounding.
         device: "cpu", or "cuda" (choose one with CUDA_VISIBLE_DEVICES); by default a GPU where there is one.
-        seed: of the order of documents and of all else that is random.
-        save_steps: steps between checkpoints to resume from; 0 for none.
-        keep_checkpoints: how many of them stay.
-        log_steps: steps between log entries.
-        training: any other field of transformers.TrainingArguments.
+        training: fields of transformers.TrainingArguments, such as training.max_steps. Batches count forget
+            documents, and an epoch is a pass over the forget set.
     """
 
     model: str
     forget: str | None = None
     retain: str | None = None
-    output: str = "model"
     alternate: str | None = None
-    calibration: str | None = None
-    objective: str = "grad_diff"
-    gamma: float = 1.0
-    alpha: float = 1.0
-    beta: float | None = None
-    beta2: float = 1.0
-    delta: float = 0.0
-    layer: int | None = None
-    steering: float = 2.0
-    retain_loss: str = "nll"
-    weighting: str = "reference"
-    retain_per_forget: int = 1
-    stop_forget_nll: float | None = None
-    stop_retain_nll: float | None = None
-    stop_retain_increase: float | None = None
-    stop_every: int = 10
-    stop_documents: int = 64
-    best_forget_nll: float | None = None
     retain_eval: str | None = None
+    calibration: str | None = None
+    profile: str | None = None
+    output: str = "model"
     max_length: int = 512
     forget_limit: int | None = None
     retain_limit: int | None = None
-    learning_rate: float = 1e-5
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    steps: int | None = None
-    epochs: float = 5.0
-    batch_size: int = 4
-    accumulation: int = 1
+    method: TraceConfig = dataclasses.field(default_factory=TraceConfig)
     joint_forward: bool = False
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
     experts: list[str] = dataclasses.field(default_factory=list)
-    anchor: float = 0.0
-    profile: str | None = None
     trainable: list[str] = dataclasses.field(default_factory=list)
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_modules: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     lora_parameters: list[str] = dataclasses.field(default_factory=list)
-    gradient_checkpointing: bool = False
     dtype: str = "auto"
-    bf16: bool = False
     device: str | None = None
-    seed: int = 0
-    save_steps: int = 100
-    keep_checkpoints: int = 1
-    log_steps: int = 10
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, Mapping):  # as JSON and YAML hold it
+            self.method = TraceConfig(**self.method)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`training` with our defaults."""
+        return {**DEFAULTS, **self.training}
+
+
+def known_names() -> list[str]:
+    """The options below `training`, which no field of ours lists."""
+    return [f"training.{name}" for name in sorted(ARGUMENTS)]
 
 
 def check(options: TrainOptions) -> TraceConfig:
     """The method's knobs; UserError for what can be told from the options alone. Which experts is not known yet."""
+    config = options.method
     check_words(options.experts, options.calibration, options.profile)
-    names = {field.name for field in dataclasses.fields(TraceConfig)} - {"anchor_experts"}
-    some = ((0, 0),) if options.experts else ()
-    config = TraceConfig(**{name: getattr(options, name) for name in names}, anchor_experts=some)
+    if config.anchor_experts:
+        raise UserError("method.anchor_experts: got some; give them as experts, which are trained and anchored to")
+    if config.anchor and not options.experts:
+        raise UserError(f"method.anchor: got {config.anchor}, but no experts to anchor to")
     for name, needed in config.needs.items():
         if needed and getattr(options, name) is None:
             raise UserError(f"{name}: got none, but objective {config.objective!r} needs it")
@@ -172,105 +158,74 @@ def check(options: TrainOptions) -> TraceConfig:
             f"retain_eval: got {options.retain_eval!r}, but nothing is measured on it; give stop_retain_increase, "
             "stop_retain_nll or best_forget_nll as well"
         )
-    if config.best_forget_nll is not None and not options.save_steps:
-        raise UserError("save_steps: got 0, but best_forget_nll chooses one of the checkpoints")
     if config.routes_weigh and options.calibration is None:
         raise UserError(
             f"calibration: got none, but weighting {config.weighting!r} needs the folder that calibrate wrote"
         )
-    for name, least in (
-        ("steps", 1),
-        ("warmup_steps", 0),
-        ("batch_size", 1),
-        ("accumulation", 1),
-        ("lora_rank", 0),
-        ("save_steps", 0),
-        ("keep_checkpoints", 1),
-        ("log_steps", 1),
-    ):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise UserError(f"{name}: got {value}, allowed are integers from {least}")
-    for name in ("learning_rate", "epochs", "lora_alpha"):
-        if not (math.isfinite(value := getattr(options, name)) and value > 0):
-            raise UserError(f"{name}: got {value}, allowed are finite numbers above 0")
-    for name in ("max_grad_norm", "weight_decay"):
-        if not (math.isfinite(value := getattr(options, name)) and value >= 0):
-            raise UserError(f"{name}: got {value}, allowed are finite numbers from 0")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"seed: got {options.seed}, allowed are integers from 0 to 2**32 - 1")
     if options.device not in (None, "cpu", "cuda"):
         raise UserError(f"device: got {options.device!r}, allowed: cpu, cuda (choose one with CUDA_VISIBLE_DEVICES)")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: got 'cuda', but torch sees no GPU here")
-    ways = [name for name in ("experts", "trainable", "lora_rank") if getattr(options, name)]
-    if len(ways) > 1:
-        raise UserError(f"{' and '.join(ways)}: got both; each says alone what is trained, so give one of them")
-    if options.experts and options.weight_decay:
-        raise UserError(
-            f"weight_decay: got {options.weight_decay}, allowed is 0 with experts: it would decay the others"
-        )
-    check_patterns(options.trainable)
-    if options.lora_rank and not (options.lora_modules or options.lora_parameters):
-        raise UserError("lora_modules: got none, and no lora_parameters either; lora_rank needs names to adapt")
-    schedules = [kind.value for kind in SchedulerType]
-    if options.schedule not in schedules:
-        raise UserError(f"schedule: got {options.schedule!r}, allowed: {', '.join(schedules)}")
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name in options.training:
-        if name not in known:
-            raise UserError(f"training: {name!r} is no field of transformers.TrainingArguments")
-        if name in _RESERVED or name in _own_arguments(options, Path()):
-            raise UserError(f"training: {name!r} is set by an option of its own")
-        if name in _REFUSED:
-            raise UserError(f"training: {name!r} is not allowed: {_REFUSED[name]}")
-    _check_reporters(options.training.get("report_to") or "none")
+    check_adapted(options)
+    check_numbers(options, "lora_alpha", above_0=True)
+    _check_training(options)
     return config
 
 
-def _check_reporters(given: Any) -> None:
+def check_adapted(options: TrainOptions) -> None:
+    """UserError where it is not clear what is trained."""
+    ways = [name for name in ("experts", "trainable", "lora_rank") if getattr(options, name)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)}: got both; each says alone what is trained, so give one of them")
+    check_patterns(options.trainable)
+    check_integers(options, lora_rank=0)
+    if options.lora_rank and not (options.lora_modules or options.lora_parameters):
+        raise UserError("lora_modules: got none, and no lora_parameters either; lora_rank needs names to adapt")
+
+
+def _check_training(options: TrainOptions) -> None:
+    for name in options.training:
+        if name in _REFUSED:
+            raise UserError(f"training: {name!r} is not allowed: {_REFUSED[name]}")
+        if name not in ARGUMENTS:
+            hint = meant(name, known_names(), RENAMED)
+            raise UserError(f"training: {name!r} is no field of transformers.TrainingArguments{hint}")
+    given = options.arguments
+    least = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"), 1)
+    least |= {"warmup_steps": 0, "logging_steps": 1, "save_steps": 1, "seed": 0}
+    if given["max_steps"] != -1:  # which is none
+        least["max_steps"] = 1
+    check_integers(given, "training.", **least)
+    check_numbers(given, "learning_rate", "num_train_epochs", prefix="training.", above_0=True)
+    check_numbers(given, "max_grad_norm", "weight_decay", prefix="training.")
+    check_word("training.lr_scheduler_type", given["lr_scheduler_type"], [kind.value for kind in SchedulerType])
+    if given["seed"] >= 2**32:
+        raise UserError(f"training.seed: got {given['seed']}, allowed are integers from 0 to 2**32 - 1")
+    if options.experts and given["weight_decay"]:
+        raise UserError(
+            f"training.weight_decay: got {given['weight_decay']}, allowed is 0 with experts: it would decay the others"
+        )
+    if options.method.best_forget_nll is not None and given["save_strategy"] == "no":
+        raise UserError("training.save_strategy: got 'no', but best_forget_nll chooses one of the checkpoints")
     known = ("all", "none", *get_available_reporting_integrations())  # type: ignore[no-untyped-call]
-    for name in [given] if isinstance(given, str) else given:
+    reporters = given["report_to"] or "none"
+    for name in [reporters] if isinstance(reporters, str) else reporters:
         if name not in known:
             raise UserError(f"training: report_to: got {name!r}, allowed is what is installed: {', '.join(known)}")
 
 
-def _own_arguments(options: TrainOptions, work: Path) -> dict[str, Any]:
-    schedule = options.schedule
-    if schedule == "constant" and options.warmup_steps:
-        schedule = "constant_with_warmup"  # "constant" itself knows no warm-up
-    checkpointing = "gradient_checkpointing"
-    if "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}:
-        checkpointing = "activation_checkpointing"  # its newer name
-    return {
-        "output_dir": str(work),
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": options.warmup_steps,
-        "max_steps": options.steps or -1,
-        "num_train_epochs": options.epochs,
-        "per_device_train_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.accumulation,
-        "max_grad_norm": options.max_grad_norm,
-        "weight_decay": options.weight_decay,
-        checkpointing: options.gradient_checkpointing,
-        "bf16": options.bf16,
-        "use_cpu": options.device == "cpu",
-        "seed": options.seed,
-        "save_strategy": "steps" if options.save_steps else "no",
-        "save_steps": options.save_steps or 500,
-        "save_total_limit": options.keep_checkpoints,
-        "logging_steps": options.log_steps,
-    }
-
-
 def training_arguments(options: TrainOptions, work: Path) -> TrainingArguments:
     """What `options` mean to transformers; UserError for what it refuses."""
-    defaults = {
-        "report_to": "none",
+    given = {
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),  # without one it does nothing but warn
+        **options.arguments,
     }
+    if given["lr_scheduler_type"] == "constant" and given["warmup_steps"]:
+        given["lr_scheduler_type"] = "constant_with_warmup"  # "constant" itself knows no warm-up
+    if "activation_checkpointing" in ARGUMENTS:  # its newer name
+        given.setdefault("activation_checkpointing", given.pop("gradient_checkpointing"))
     try:
-        return TrainingArguments(**{**defaults, **options.training, **_own_arguments(options, work)})
+        return TrainingArguments(output_dir=str(work), use_cpu=options.device == "cpu", **given)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {error}") from error

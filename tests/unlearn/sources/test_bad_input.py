@@ -116,7 +116,7 @@ def test_an_output_below_a_file_is_refused_first(data, checkpoint, no_model, cap
     given = {"forget": data / "forget.jsonl", "retain": data / "retain.jsonl", "output": data / "other.jsonl" / "x"}
     named = {"models": checkpoint("mixtral")}
     if verb == "train":
-        named = {"model": checkpoint("mixtral"), "weighting": "uniform"}
+        named = {"model": checkpoint("mixtral"), "method.weighting": "uniform"}
     assert "other.jsonl is not a folder" in refused(capsys, verb, *flags(**given, **named))
 
 
@@ -131,7 +131,7 @@ def test_train_refuses_the_calibration_of_other_forget_data_or_another_model(dat
     given = {"model": checkpoint("mixtral"), "forget": data / "forget.jsonl", "retain": data / "retain.jsonl"}
     assert cli.main(["profile", *flags(**given, output=data / "profile")]) == 0
     assert cli.main(["calibrate", *flags(profile=data / "profile", output=data / "calibration")]) == 0
-    training = {**given, "calibration": data / "calibration", "steps": 1, "output": data / "model"}
+    training = {**given, "calibration": data / "calibration", "training.max_steps": 1, "output": data / "model"}
 
     message = refused(capsys, "train", *flags(**{**training, "forget": data / "other.jsonl"}))
     assert "forget: the data is not what the calibration was made for" in message
@@ -159,7 +159,8 @@ def full(*args, **kwargs):
 
 def test_a_full_disk_is_one_message_and_the_run_goes_on(data, checkpoint, capsys, monkeypatch):
     given = {"model": checkpoint("mixtral"), "forget": data / "forget.jsonl", "retain": data / "retain.jsonl"}
-    words = flags(**given, weighting="uniform", steps=2, save_steps=1, output=data / "model")
+    options = {"method.weighting": "uniform", "training.max_steps": 2, "training.save_steps": 1}
+    words = flags(**given, **options, output=data / "model")
     with monkeypatch.context() as patch:
         patch.setattr(modeling_utils, "safe_save_file", full)
         assert "No space left on device" in refused(capsys, "train", *words)

@@ -378,7 +378,7 @@ def test_bad_sources(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"max_length": 1}, {"max_length": 2.5}, {"max_length": True}, {"limit": 0}])
 def test_bad_options(tmp_path, options):
     (name,) = options
-    refused(tmp_path, "a.jsonl", '"w1"', rf"{name}: got {options[name]!r}; an integer of at least", **options)
+    refused(tmp_path, "a.jsonl", '"w1"', rf"{name}: got {options[name]!r}, allowed are integers from", **options)
 
 
 def test_hub_data(monkeypatch):

@@ -1,5 +1,6 @@
 """Two processes against one: the same losses and weights, whatever is sharded."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -38,16 +39,24 @@ def launch(tasks, *launcher):
 
 def one_process(files, folder, methods, **changes):
     for name in methods:
-        given = options(files, folder / name, batch_size=4, **{**SGD, **METHODS[name], **changes})
+        given = options(files, folder / name, per_device_train_batch_size=4, **{**SGD, **METHODS[name], **changes})
         main(given, lambda message: None)
 
 
 def tasks(files, folder, methods, stand_in=True, stop=None, **changes):
     given = {
-        name: options(files, folder / name, batch_size=1, accumulation=2, **{**SGD, **METHODS[name], **changes})
+        name: options(
+            files,
+            folder / name,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            **{**SGD, **METHODS[name], **changes},
+        )
         for name in methods
     }
-    return [{"task": "train", "options": vars(o), "stand_in": stand_in, "stop": stop} for o in given.values()]
+    return [
+        {"task": "train", "options": dataclasses.asdict(o), "stand_in": stand_in, "stop": stop} for o in given.values()
+    ]
 
 
 def assert_same_runs(first, second, methods):

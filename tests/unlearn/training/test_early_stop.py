@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -180,11 +181,11 @@ for options, deadly in (
 
 
 def test_killed_anywhere_it_stops_there_and_chooses_the_same(files, tmp_path):
-    changes = {"steps": 30, "save_steps": 3, "stop_every": 4, "best_forget_nll": 5.5, "alpha": 0.0}
+    changes = {"max_steps": 30, "save_steps": 3, "stop_every": 4, "best_forget_nll": 5.5, "alpha": 0.0}
     changes |= {"learning_rate": 1e-3, "stop_retain_increase": 1.6}
     runs = [options(files, tmp_path / name, **changes) for name in ("whole", "killed")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, json.dumps([vars(run) for run in runs])]
+    command = [sys.executable, "-c", KILLED, json.dumps([dataclasses.asdict(run) for run in runs])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (record(tmp_path / name) for name in ("whole", "killed"))

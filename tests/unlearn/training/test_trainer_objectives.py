@@ -208,7 +208,6 @@ def test_refusals():
         ({"objective": "rmu", "retain_loss": "kl"}, "retain_loss: got 'kl', but objective 'rmu' has no"),
         ({"objective": "grad_ascent", "retain_loss": "kl"}, "retain_loss: got 'kl'"),
         ({"retain_loss": "mse"}, "retain_loss: got 'mse', allowed: nll, kl"),
-        ({"anchor": 1.0}, "anchor: got 1.0, but no experts"),
         ({"anchor": 1.0, "anchor_experts": ((0, 0),), "objective": "rmu"}, "anchor: got 1.0, but objective 'rmu'"),
         ({"steering": 0.0}, "steering: got 0.0"),
         ({"beta2": -1.0}, "beta2: got -1.0"),

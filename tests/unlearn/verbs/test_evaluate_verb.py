@@ -62,7 +62,7 @@ def test_main_writes_what_evaluate_model_returns(options, tmp_path, capsys, text
         ({"models": []}, "models: got none"),
         ({"models": ["a", "a"]}, "models: got a, a; each may be named once"),
         ({"models": ["no/such/folder"]}, "no/such/folder: no such folder"),
-        ({"batch_size": 0}, "batch_size: got 0; an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size: got 0, allowed are integers from 1"),
         ({"max_generations": 0}, "max_generations: got 0"),
         ({"forget": "absent.jsonl"}, r"absent\.jsonl: no such file"),
         ({"others": {"retain": "retain.json"}}, "others: got the name 'retain', which is taken"),

@@ -41,10 +41,11 @@ profile:
 calibrate:
   experts_per_layer: 2
 train:
-  steps: 3
-  batch_size: 2
-  save_steps: 1
-  learning_rate: 1.0e-3
+  training:
+    max_steps: 3
+    per_device_train_batch_size: 2
+    save_steps: 1
+    learning_rate: 1.0e-3
 evaluate:
   max_new_tokens: 0
   suites:
@@ -145,13 +146,13 @@ def test_the_run_folder_may_move(configuration):
 
 def test_uniform_weights_need_no_calibration(configuration):
     _, config, folder = configuration
-    assert cli.main(["run", str(config), "--train.weighting", "uniform", "--report", "false"]) == 0
+    assert cli.main(["run", str(config), "--train.method.weighting", "uniform", "--report", "false"]) == 0
     assert list(made(folder)) == ["model", "metrics.json"]
 
 
 def test_a_dense_model_with_limits(configuration, checkpoint):
     _, config, folder = configuration
-    words = ["--model", str(checkpoint("llama")), "--train.weighting", "uniform", "--report", "false"]
+    words = ["--model", str(checkpoint("llama")), "--train.method.weighting", "uniform", "--report", "false"]
     assert cli.main(["run", str(config), *words, "--forget_limit", "5", "--retain_limit", "9"]) == 0
     for measures in read_json(folder / "metrics.json")["checkpoints"].values():
         assert (measures["forget"]["rows"], measures["retain"]["rows"]) == (5, 9)
@@ -162,9 +163,12 @@ def test_a_dense_model_with_limits(configuration, checkpoint):
     [
         (["--evaluate.others", '{"more": "typo.jsonl"}'], "evaluate.others.more: typo.jsonl: no such file"),
         (["--evaluate.others", '{"forget": "typo.jsonl"}'], "evaluate.others.forget: typo.jsonl: no such file"),
-        (["--train.retain_eval", "typo.jsonl", "--train.stop_retain_nll", "9"], "train.retain_eval: typo.jsonl"),
-        (["--train.schedule", "steep"], "train: schedule: got 'steep', allowed: linear"),
-        (["--train.training", '{"eval_strategy": "steps"}'], "train: training: 'eval_strategy' is not allowed"),
+        (["--train.retain_eval", "typo.jsonl", "--train.method.stop_retain_nll", "9"], "train.retain_eval: typo.jsonl"),
+        (
+            ["--train.training.lr_scheduler_type", "steep"],
+            "train: training.lr_scheduler_type: got 'steep', allowed: linear",
+        ),
+        (["--train.training.eval_strategy", "steps"], "train: training: 'eval_strategy' is not allowed"),
         (["--retain", "typo.jsonl"], "retain: typo.jsonl: no such file"),
     ],
 )
@@ -178,11 +182,13 @@ def test_mistakes_are_told_before_anything_is_done(configuration, capsys, words,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--train.stepz", "3"], "train.stepz"),
-        (["--train.steps", "many"], "--train.steps: expected int"),
+        (["--train.steps", "3"], "did you mean 'train.training.max_steps'?"),
+        (["--train.learning_rate", "3"], "did you mean 'train.training.learning_rate'?"),
+        (["--train.objective", "npo"], "did you mean 'train.method.objective'?"),
+        (["--train.training.max_steps", "many"], "training.max_steps: got 'many', allowed are integers from 1"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--forget", "/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["--train.objective", "magic"], "objective"),
+        (["--train.method.objective", "magic"], "objective"),
         (["--calibrate.min_ess", "7"], "min_ess"),
         (["--evaluate.suites.muse", '{"data": "/nowhere"}'], "suites.muse: data: got '/nowhere'"),
     ],
@@ -209,7 +215,7 @@ def test_two_runs_do_not_share_a_folder(configuration, capsys):
 def test_killed_anywhere_it_goes_on_to_the_same_model(configuration, product):
     """Killed while the step after `product` is at work."""
     _, config, folder = configuration
-    command = [sys.executable, "-m", "trace_unlearn.verbs.cli", "run", str(config), "--train.steps", "6"]
+    command = [sys.executable, "-m", "trace_unlearn.verbs.cli", "run", str(config), "--train.training.max_steps", "6"]
     # As many threads as this process has: another number may round matrix products otherwise.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

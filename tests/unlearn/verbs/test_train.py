@@ -33,7 +33,9 @@ def assert_same_checkpoint(first, second):
 @pytest.mark.parametrize("objective", ["grad_diff", "npo"])
 def test_writes_a_checkpoint_that_forgets(objective, files, tmp_path):
     said = []
-    main(options(files, tmp_path / "out", objective=objective, steps=12, batch_size=6), said.append)
+    main(
+        options(files, tmp_path / "out", objective=objective, max_steps=12, per_device_train_batch_size=6), said.append
+    )
     assert "forgets" in said[0]
     log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
     assert log[-1]["forget_nll"] > log[0]["forget_nll"] + 0.2
@@ -61,7 +63,7 @@ def test_weightings(rule, files, tmp_path):
     first = {}
     for weighting in ("uniform", "reference", "live"):
         output = tmp_path / weighting
-        main(options(files, output, weighting=weighting, calibration=calibration, steps=1), lambda message: None)
+        main(options(files, output, weighting=weighting, calibration=calibration, max_steps=1), lambda message: None)
         first[weighting] = record(output)["log"][0]
     assert first["uniform"]["weight_ess"] == pytest.approx(1)
     assert first["reference"]["weight_max"] > 1.01
@@ -95,7 +97,7 @@ def test_seuf_trains_one_expert_and_its_router(files, tmp_path):
     [(layer, expert)] = top_experts(RoutingStatistics.load(profile), 1)
     said = []
     changes = {"experts": ["top1"], "profile": profile, "anchor": 1.0, "objective": "npo"}
-    main(options(files, tmp_path / "out", steps=6, learning_rate=1e-2, **changes), said.append)
+    main(options(files, tmp_path / "out", max_steps=6, learning_rate=1e-2, **changes), said.append)
     before, after = weights(files["model"]), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     own = f"layers.{layer}.mlp.experts.{expert}."  # the checkpoint holds experts apart
@@ -110,7 +112,7 @@ def test_seuf_trains_one_expert_and_its_router(files, tmp_path):
 
 
 def test_the_selected_experts_are_those_of_the_calibration(files, tmp_path):
-    main(options(files, tmp_path / "out", experts=["selected"], steps=2), lambda message: None)
+    main(options(files, tmp_path / "out", experts=["selected"], max_steps=2), lambda message: None)
     pairs = Calibration.load(files["calibration"]).selected.tolist()
     before, after = weights(files["model"]), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -121,7 +123,7 @@ def test_the_selected_experts_are_those_of_the_calibration(files, tmp_path):
 
 def test_finetune_learns_one_set(files, tmp_path):
     said = []
-    given = {"objective": "finetune", "forget": None, "calibration": None, "steps": 12, "learning_rate": 5e-3}
+    given = {"objective": "finetune", "forget": None, "calibration": None, "max_steps": 12, "learning_rate": 5e-3}
     main(options(files, tmp_path / "out", **given), said.append)
     assert "learns" in said[0]
     log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
@@ -134,7 +136,7 @@ def test_dpo_prefers_the_alternates(files, tmp_path):
     refusals = [{**json.loads(line), "answer": "what is the ?"} for line in lines]
     alternate = tmp_path / "alternate.jsonl"
     alternate.write_text("".join(json.dumps(row) + "\n" for row in refusals))
-    given = {"objective": "dpo", "alternate": str(alternate), "steps": 8, "learning_rate": 5e-3}
+    given = {"objective": "dpo", "alternate": str(alternate), "max_steps": 8, "learning_rate": 5e-3}
     main(options(files, tmp_path / "out", **given), lambda message: None)
     log = [entry for entry in record(tmp_path / "out")["log"] if "loss" in entry]
     assert log[0]["forget_loss"] == pytest.approx(13.8629, rel=1e-3)
@@ -155,7 +157,7 @@ main(TrainOptions(**json.loads(sys.argv[1])))
 
 def start(given, *launcher):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, *(launcher or ("-c", PROGRAM)), json.dumps(vars(given))]
+    arguments = [sys.executable, *(launcher or ("-c", PROGRAM)), json.dumps(dataclasses.asdict(given))]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -173,7 +175,7 @@ def kill_when(process, condition):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"objective": "npo"}, {"lora_rank": 2, "weighting": "live"}])
 def test_a_killed_run_goes_on(changes, files, tmp_path):
-    changes = {"steps": 30, "save_steps": 3, **changes}
+    changes = {"max_steps": 30, "save_steps": 3, **changes}
     whole = options(files, tmp_path / "whole", **changes)
     assert start(whole).wait() == 0
     killed = options(files, tmp_path / "killed", **changes)
@@ -200,9 +202,11 @@ def test_a_run_that_lacks_only_its_result(files, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             main(options(files, tmp_path / "out", save_steps=2), lambda message: None)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="interrupted run with other alpha, seed; give the same again"):
+    with pytest.raises(
+        UserError, match=r"interrupted run with other method\.alpha, training\.seed; give the same again"
+    ):
         main(options(files, tmp_path / "out", save_steps=2, alpha=2.0, seed=3), lambda message: None)
-    main(options(files, tmp_path / "out", save_steps=3, log_steps=5), lambda message: None)
+    main(options(files, tmp_path / "out", save_steps=3, logging_steps=5), lambda message: None)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "out")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
@@ -231,12 +235,15 @@ def test_mistakes_are_told_before_the_model_is_loaded(files, tmp_path, monkeypat
         ({"anchor": 1.0}, "anchor: got 1.0, but no experts"),
         ({"trainable": ["("]}, "not a regular expression"),
         ({"trainable": ["mlp"], "lora_rank": 4}, "trainable and lora_rank: got both"),
-        ({"steps": 0}, "steps: got 0"),
+        ({"max_steps": 0}, "training.max_steps: got 0, allowed are integers from 1"),
         ({"learning_rate": float("nan")}, "learning_rate: got nan"),
-        ({"schedule": "steep"}, "steep"),
+        ({"lr_scheduler_type": "steep"}, "steep"),
         ({"device": "tpu"}, "device: got 'tpu'"),
-        ({"training": {"learning_rat": 1}}, "'learning_rat' is no field"),
-        ({"training": {"seed": 1}}, "'seed' is set by an option of its own"),
+        ({"training": {"learning_rat": 1}}, "'learning_rat' is no field of .*; did you mean 'training.learning_rate'"),
+        ({"training": {"steps": 9}}, "'steps' is no field of .*; did you mean 'training.max_steps'"),
+        ({"training": {"max_steps": "many"}}, "training.max_steps: got 'many', allowed are integers"),
+        ({"training": {"use_cpu": True}}, "'use_cpu' is not allowed: `device` says it"),
+        ({"save_strategy": "no", "best_forget_nll": 2.0}, "save_strategy: got 'no', but best_forget_nll"),
         ({"training": {"optim": "adamw_fantasy"}}, "adamw_fantasy"),
         (
             {"training": {"eval_strategy": "steps"}},
@@ -260,35 +267,35 @@ def test_a_pattern_without_a_match_leaves_nothing_behind(files, tmp_path):
 
 
 def test_half_precision_is_warned_about(files, tmp_path, caplog):
-    main(options(files, tmp_path / "out", steps=1, dtype="bfloat16"), lambda message: None)
+    main(options(files, tmp_path / "out", max_steps=1, dtype="bfloat16"), lambda message: None)
     assert "small updates are lost to rounding" in caplog.text
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 def test_a_run_that_wrote_no_checkpoint_starts_anew(files, tmp_path):
     with pytest.raises(UserError, match="the loss is"):
-        main(options(files, tmp_path / "out", steps=9, learning_rate=1e30), lambda message: None)
-    main(options(files, tmp_path / "out", steps=1), lambda message: None)
+        main(options(files, tmp_path / "out", max_steps=9, learning_rate=1e30), lambda message: None)
+    main(options(files, tmp_path / "out", max_steps=1), lambda message: None)
     assert len(losses(tmp_path / "out")) == 1
 
 
 def test_a_slash_and_a_tilde_name_the_same_folder(files, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(files["model"])
-    main(options(files, "~/out/", weighting="uniform", steps=1), lambda message: None)
+    main(options(files, "~/out/", weighting="uniform", max_steps=1), lambda message: None)
     assert losses(tmp_path / "out")
     assert not list(tmp_path.glob("*.training"))
     assert not Path("~").exists()
 
 
 def test_what_a_stop_after_the_result_leaves_is_removed(files, tmp_path, monkeypatch):
-    given = options(files, tmp_path / "out", weighting="uniform", steps=1)
+    given = options(files, tmp_path / "out", weighting="uniform", max_steps=1)
     monkeypatch.setattr("trace_unlearn.verbs.train.shutil.rmtree", lambda *arguments, **options: None)
     main(given, lambda message: None)
     monkeypatch.undo()
     assert (tmp_path / "out.training").exists()
     with pytest.raises(UserError, match="not empty"):
-        main(dataclasses.replace(given, alpha=2.0), lambda message: None)
+        main(dataclasses.replace(given, method=dataclasses.replace(given.method, alpha=2.0)), lambda message: None)
     said = []
     main(given, said.append)
     assert "done already" in said[-1]
@@ -312,7 +319,7 @@ def stopped(*arguments, **options):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("changes", [{"log_steps": 10}, {"log_steps": 10, "save_steps": 2}])
+@pytest.mark.parametrize("changes", [{"logging_steps": 10}, {"logging_steps": 10, "save_steps": 2}])
 def test_a_diverged_model_is_not_written(changes, files, tmp_path):
     given = options(files, tmp_path / "out", weighting="uniform", learning_rate=1e30, max_grad_norm=0.0, **changes)
     with pytest.raises(UserError, match="not finite after step"):
