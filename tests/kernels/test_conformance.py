@@ -108,7 +108,8 @@ def test_a_mistake_that_all_backends_share_is_found(monkeypatch):
 
 
 def test_a_compiled_module_of_another_version_serves_what_it_has(monkeypatch):
-    module = types.SimpleNamespace(record_routing_cpu=None, router_topk_cpu=None)
+    module = types.ModuleType("older")
+    module.record_routing_cpu = module.router_topk_cpu = None
     monkeypatch.setattr(native, "_load", lambda: (module, ""))
     ops = all_ops()
     assert ops["record_routing_"].why_not("cpu", torch.zeros(2, 2, dtype=torch.int64)) is None

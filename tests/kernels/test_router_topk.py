@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 import trace_kernels as tk
 from trace_kernels.ops.router_topk.cases import FAMILIES, OP
-from trace_kernels.runtime import light_op
+from trace_kernels.runtime import light_op, validate
 from trace_kernels.runtime.backends import BackendError, all_ops
 from trace_kernels.runtime.native import native
 
@@ -30,7 +30,19 @@ def score(function, row):
 
 
 def route(
-    row, k, bias, *, score_function, renormalize, scale, eps, num_groups, topk_groups, group_score, masked_group_value
+    row,
+    k,
+    bias,
+    *,
+    score_function,
+    renormalize,
+    scale,
+    eps,
+    num_groups,
+    topk_groups,
+    group_score,
+    masked_group_value,
+    given=None,
 ):
     """One token in Python floats, straight from the docstring's formula."""
     scores = score(score_function, row)
@@ -40,10 +52,11 @@ def route(
     if num_groups > 1:
         size = len(row) // num_groups
         groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(num_groups)]
-        value = [group[0] if group_score == "max" else group[0] + group[1] for group in groups]
+        best = {"max": 1, "sum_top2": 2, "sum_topk": k // topk_groups}[group_score]
+        value = [sum(group[:best]) for group in groups]
         kept = sorted(range(num_groups), key=lambda g: (-value[g], g))[:topk_groups]
         choice = [c if e // size in kept else masked_group_value for e, c in enumerate(choice)]
-    indices = sorted(range(len(row)), key=lambda e: (-choice[e], e))[:k]
+    indices = given or sorted(range(len(row)), key=lambda e: (-choice[e], e))[:k]
     chosen = [scores[e] for e in indices]
     if score_function == "softmax_topk":
         chosen = score("softmax", chosen)
@@ -60,33 +73,40 @@ def calls(draw):
     logits = draw(st.lists(st.lists(st.integers(-32, 32), min_size=E, max_size=E), min_size=T, max_size=T))
     biased = draw(st.booleans())
     bias = draw(st.lists(st.integers(-8, 8), min_size=E, max_size=E)) if biased else [0] * E
+    k, topk_groups = draw(st.integers(1, E)), draw(st.integers(1, num_groups))
+    group_scores = ["max", "sum_top2"]
+    if num_groups == 1 or 1 <= k // topk_groups <= E // num_groups:
+        group_scores.append("sum_topk")
     options = {
         "score_function": draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk"])),
         "renormalize": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.5, -0.5])),
         "eps": draw(st.sampled_from([0.0, 1e-20, 0.25])),
         "num_groups": num_groups,
-        "topk_groups": draw(st.integers(1, num_groups)),
-        "group_score": draw(st.sampled_from(["max", "sum_top2"])),
+        "topk_groups": topk_groups,
+        "group_score": draw(st.sampled_from(group_scores)),
         "masked_group_value": draw(st.sampled_from([0.0, float("-inf")])),
     }
-    return [[z / 4 for z in row] for row in logits], E, draw(st.integers(1, E)), [b / 4 for b in bias], options
+    given = [draw(st.permutations(range(E)))[:k] for _ in range(T)] if draw(st.booleans()) else None
+    return [[z / 4 for z in row] for row in logits], E, k, [b / 4 for b in bias], options, given
 
 
 @pytest.mark.parametrize("backend, dtype", [("reference", torch.float64), *((name, torch.float32) for name in CPU)])
 @settings(max_examples=150, deadline=None)
 @given(call=calls())
 def test_independent_formula(backend, dtype, call):
-    rows, E, k, bias, options = call
+    rows, E, k, bias, options, given = call
     logits = torch.tensor(rows, dtype=dtype).reshape(len(rows), E)
     weights, indices = tk.router_topk(
-        logits, k, selection_bias=torch.tensor(bias, dtype=dtype) if any(bias) else None, **options, backend=backend
-    )
+        logits, k, selection_bias=torch.tensor(bias, dtype=dtype) if any(bias) else None, **options, backend=backend,
+        indices=None if given is None else torch.tensor(given, dtype=torch.int64).reshape(len(rows), k),
+    )  # fmt: skip
     assert weights.shape == indices.shape == (len(rows), k)
     for t, row in enumerate(rows):
-        expected = route(row, k, bias, **options)
+        expected = route(row, k, bias, **options, given=None if given is None else list(given[t]))
         if indices[t].tolist() != expected[0]:
             # In float32 two sums s + b that differ by rounding may swap, in the choice and in the groups' scores.
+            assert given is None
             assert dtype == torch.float32 or any(bias) or options["num_groups"] > 1
             assert len(set(indices[t].tolist())) == k
             continue
@@ -170,7 +190,10 @@ def test_gradient_in_float64(name):
     options = {**GRADIENTS[name], "weights_dtype": torch.float64}
     if options.get("num_groups", 1) > 1 or "deepseek_v4" in name:
         options["selection_bias"] = torch.linspace(-0.2, 0.2, 12)
-    assert torch.autograd.gradcheck(lambda z: tk.router_topk(z, 4, **options, backend="reference")[0], (logits,))
+    given = torch.rand(5, 12, generator=torch.Generator().manual_seed(2)).argsort(dim=1)[:, :4]
+    for indices in (None, given):
+        options["indices"] = indices
+        assert torch.autograd.gradcheck(lambda z: tk.router_topk(z, 4, **options, backend="reference")[0], (logits,))
 
 
 def gradient_errors(backend, logits, upstream, function, **options):
@@ -316,6 +339,7 @@ def test_compiles_with_dynamic_sizes():
 
 
 Z = torch.zeros(5, 8)
+WRONG = [torch.tensor([[0, 1]] * 3 + [[0, expert]] + [[2, 3]]) for expert in (8, -1, 0)]
 BAD = [
     ({"logits": [[1.0]]}, TypeError, "logits: got list, allowed is a torch.Tensor"),
     ({"logits": Z.long()}, TypeError, "logits: got dtype int64, allowed: float16, bfloat16, float32, float64"),
@@ -346,6 +370,20 @@ BAD = [
     ({"table": torch.zeros(8).double(), "token_score": torch.zeros(5)}, TypeError, "table: got dtype float64"),
     ({"table": torch.full((8,), math.nan), "token_score": torch.zeros(5)}, ValueError, "table: 8 of 8 entries are NaN"),
     ({"table": torch.zeros(8), "token_score": torch.zeros(6)}, ValueError, r"token_score: got shape \[6\]"),
+    ({"num_groups": 2, "group_score": "sum_topk", "k": 5}, ValueError, "k: got 5 with topk_groups=1, allowed for 'sum"),
+    ({"num_groups": 4, "topk_groups": 3, "group_score": "sum_topk"}, ValueError, "k: got 2 with topk_groups=3"),
+    ({"indices": torch.zeros(5, 3).long()}, ValueError, r"indices: got shape \[5, 3\], allowed is \[T, k\] = \[5, 2\]"),
+    ({"indices": torch.zeros(5, 2)}, TypeError, "indices: got dtype float32, allowed: uint8"),
+    ({"indices": torch.zeros(5, 2, device="meta").long()}, ValueError, "indices: is on meta, allowed is cpu"),
+    (
+        {"indices": WRONG[0]},
+        ValueError,
+        "indices: got 8 in row 3, slot 1, allowed are different experts in",
+    ),
+    ({"indices": WRONG[1]}, ValueError, "indices: got -1 in row 3, slot 1"),
+    ({"indices": WRONG[2]}, ValueError, "indices: got 0 in row 3, slot"),
+    ({"indices": WRONG[0], "backend": "reference"}, ValueError, "indices: got 8 in row 3, slot 1"),
+    ({"indices": WRONG[2], "backend": "reference"}, ValueError, "indices: got 0 in row 3, slot"),
     ({"weights_dtype": torch.int64}, ValueError, "weights_dtype: got torch.int64, allowed: torch.float16"),
     ({"backend": "fast"}, BackendError, "backend: got 'fast', allowed are 'auto'"),
     ({"backend": "cpu", "logits": Z.double()}, BackendError, "backend 'cpu' of router_topk refuses this call"),
@@ -357,6 +395,62 @@ def test_bad_input(change, error, message):
     arguments = {"logits": Z, "k": 2, **change}
     with pytest.raises(error, match=message):
         tk.router_topk(**arguments)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_the_experts_given_change_nothing_else(backend):
+    """An earlier forward's experts give its weights, counts and scores again; other logits, those of these experts."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (torch.randn(40, 24, generator=generator) for _ in range(2))
+    options = {**FAMILIES["deepseek_v3"], "selection_bias": torch.randn(24, generator=generator), "backend": backend}
+
+    def recorded(z, **more):
+        counts, score = torch.zeros(24, dtype=torch.int64), torch.zeros(40)
+        weights, indices = tk.router_topk(
+            z, 5, counts=counts, table=torch.linspace(-1, 1, 24), token_score=score, **options, **more
+        )
+        return weights, indices, counts, score
+
+    first = recorded(logits)
+    for one, again in zip(first, recorded(logits, indices=first[1].to(torch.uint8)), strict=True):
+        torch.testing.assert_close(again, one)
+    weights, indices, counts, score = recorded(other, indices=first[1])
+    assert torch.equal(indices, first[1])
+    assert torch.equal(counts, first[2])
+    torch.testing.assert_close(score, first[3])
+    chosen = other.sigmoid().gather(1, indices)
+    torch.testing.assert_close(weights, 2.5 * chosen / chosen.sum(1, keepdim=True))
+    assert indices.data_ptr() != first[1].data_ptr()
+
+
+def test_a_wrong_expert_gives_nan_where_values_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr(validate, "check_values_on", lambda device: False)
+    counts, score = torch.zeros(8, dtype=torch.int64), torch.zeros(5)
+    for wrong in WRONG:
+        weights, indices = tk.router_topk(
+            Z, 2, indices=wrong, counts=counts.zero_(), table=torch.ones(8), token_score=score.zero_(),
+            score_function="sigmoid", renormalize=False, backend="reference",
+        )  # fmt: skip
+        assert torch.equal(indices, wrong)
+        assert weights[3].isnan().tolist() == [wrong[3, 1] == 0, True]
+        assert not weights[[0, 1, 2, 4]].isnan().any()
+        right = 2 - weights[3].isnan().sum().item()
+        assert counts.sum() == 8 + right
+        assert score.tolist() == [2, 2, 2, right, 2]
+
+
+def test_sum_topk_is_megatrons_group_limited_choice():
+    scores = torch.rand(50, 32, generator=torch.Generator().manual_seed(1))
+    groups, topk_groups, k = 8, 3, 7
+    group_scores = scores.view(50, groups, -1).topk(k // topk_groups, dim=-1)[0].sum(dim=-1)
+    kept = torch.zeros_like(group_scores).scatter_(1, group_scores.topk(topk_groups, dim=-1)[1], 1)
+    masked = scores.masked_fill(~kept.repeat_interleave(32 // groups, dim=1).bool(), float("-inf"))
+    expected = masked.topk(k, dim=-1)[1]
+    _, indices = tk.router_topk(
+        torch.logit(scores.double()).float(), k, score_function="sigmoid", num_groups=groups, topk_groups=topk_groups,
+        group_score="sum_topk", masked_group_value=float("-inf"),
+    )  # fmt: skip
+    assert torch.equal(indices.sort().values, expected.sort().values)
 
 
 def test_bad_input_changes_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -73,12 +74,22 @@ def call(name: str, device: torch.device, *args: float) -> None:
     if _emulated is not None:
         getattr(_emulated, name)(*args, 0)
         return
+    index = device.index
+    function = getattr(native(), name)
+    # The raw stream, and no guard where the device is current already: both cost more than the launch.
+    if torch._C._cuda_getDevice() == index:
+        function(*args, torch._C._cuda_getCurrentRawStream(index))
+        return
     with torch.cuda.device(device):
-        getattr(native(), name)(*args, torch.cuda.current_stream().cuda_stream)
+        function(*args, torch._C._cuda_getCurrentRawStream(index))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; where there is none, so few that kernels walk over their grid."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def most_blocks(device: torch.device, per_processor: int) -> int:
     """Blocks that fill the device with `per_processor` of them each; kernels that walk over a grid start no more."""
-    if device.type != "cuda":
-        return 3
-    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+    return per_processor * processors(device) if device.type == "cuda" else 3

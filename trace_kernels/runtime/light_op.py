@@ -12,7 +12,9 @@ from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
-__all__ = ["LIBRARY", "RUNS", "bypasses", "define"]
+from trace_kernels.runtime.recording import is_recording
+
+__all__ = ["LIBRARY", "RUNS", "bypasses", "define", "written"]
 
 LIBRARY = torch.library.Library("trace_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 RUNS: dict[str, Callable[..., Any]] = {}  # what runs, by the qualified name
@@ -38,20 +40,36 @@ def define(
 
 
 _PLAIN_MODE = _mode().raw_repr()
-_PLAIN_KEYS = _keys(torch.empty(0, device="cpu")).raw_repr()
+_PLAIN_KEYS = {_keys(torch.empty(0, device="cpu")).raw_repr()}
+_META_KEYS = _keys(torch.empty(0, device="meta")).raw_repr()
 
 
 def bypasses(*tensors: torch.Tensor | None) -> bool:
     """Whether a call may run as Python code, past the dispatcher, without anybody noticing.
 
     Not where something looks at ops (a compiler, an export, a dispatch or function mode, functorch, the profiler), nor
-    with tensors that are more than memory of the CPU (subclasses, fakes, lazy negations). In eager training nothing
-    does, and the dispatcher's way to a Python op and back takes 0.1 ms where a model's layer has just emptied the
-    caches, as much as the kernels do.
+    with tensors that are more than memory of a CPU or a CUDA device (subclasses, fakes, lazy negations). In eager
+    training nothing does, and the dispatcher's way to a Python op and back takes 0.1 ms where a model's layer has just
+    emptied the caches, as much as the kernels do.
     """
     # Dynamo reads this function instead of running it; every other tracer works with a mode or tensors of its own.
     if is_dynamo_compiling() or profiler._is_profiler_enabled or has_torch_function(tensors):
         return False
     if _mode().raw_repr() != _PLAIN_MODE:
         return False
-    return all(tensor is None or _keys(tensor).raw_repr() == _PLAIN_KEYS for tensor in tensors)
+    return all(tensor is None or _keys(tensor).raw_repr() in _PLAIN_KEYS or _is_plain(tensor) for tensor in tensors)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Of a tensor whose keys were not met yet: those of a CUDA device are known when the first of its tensors comes."""
+    keys = _keys(tensor).raw_repr()
+    if tensor.is_cuda and keys == _keys(torch.empty(0, device=tensor.device)).raw_repr():
+        _PLAIN_KEYS.add(keys)
+        return True
+    return is_recording() and keys == _META_KEYS
+
+
+def written(*tensors: torch.Tensor | None) -> None:
+    """Tells autograd what was changed in place, so that it notices when something saved for a backward was."""
+    if changed := [tensor for tensor in tensors if tensor is not None]:
+        torch.autograd.graph.increment_version(changed)

@@ -52,8 +52,11 @@ def native() -> ModuleType:
 def cpu_unavailable(*functions: str) -> str | None:
     """Why the C++ kernels `functions` cannot run here, or None when they can."""
     module, reason = _load()
-    if module is None:
-        return reason
+    return reason if module is None else _lacks(module, functions)
+
+
+@functools.cache
+def _lacks(module: ModuleType, functions: tuple[str, ...]) -> str | None:
     lacking = [name for name in functions if not hasattr(module, name)]
     if lacking:
         return f"the compiled module lacks {', '.join(lacking)}, it is an older one: reinstall with 'pip install .'"
@@ -63,14 +66,26 @@ def cpu_unavailable(*functions: str) -> str | None:
 def cuda_unavailable() -> str | None:
     """Why no compiled CUDA kernel can run here, or None when they can."""
     module, reason = _load()
-    if module is None:
-        return reason
+    return reason if module is None else _cuda_problem(module)
+
+
+@functools.cache
+def _cuda_problem(module: ModuleType) -> str | None:
+    """Asked once: what the module was built for, and whether card and driver run it, by the CUDA runtime's word."""
     info = module.build_info()
     if not info["cuda_built"]:
         return f"built without CUDA: {info['cuda_absent_because']}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None
+    problem = module.cuda_problem() if hasattr(module, "cuda_problem") else ""
+    return f"its kernels, built for sm_{info['cuda_archs']}, do not run on this device: {problem}" if problem else None
+
+
+def runs_on(archs: str, capability: str) -> bool:
+    """Whether one of the compiled `archs` ("80,90") is for a card of `capability` ("89"): same major version."""
+    found = (re.fullmatch(r"(\d+)(\d)", arch) for arch in re.split("[,;]", archs))
+    major, minor = capability[:-1], capability[-1]
+    return any(match and match[1] == major and match[2] <= minor for match in found)
 
 
 def num_threads() -> int:

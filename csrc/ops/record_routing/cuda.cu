@@ -28,7 +28,9 @@ struct Bins {
 template <typename Index, bool WIDE>
 __global__ void __launch_bounds__(kThreads) record_kernel(const Index* indices, RecordRouting p) {
   TK_SHARED(Bins, bins);
-  if (p.gate != nullptr && *p.gate == 0) return;
+  // Nothing waits for the gate before the first indices are on their way: two waits for memory would be most of the
+  // time.
+  const bool open = p.gate == nullptr || *p.gate != 0;
   const bool use_bins = p.num_experts <= kMostBins;
   if (use_bins) {
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads) bins.counts[e] = 0;
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) record_kernel(const Index* indices, 
     const auto take = [&](Index index) {
       // Negative and too large entries (identity experts, sentinels) both fail this one comparison.
       const auto e = static_cast<uint64_t>(static_cast<int64_t>(index));
-      if (e >= static_cast<uint64_t>(p.num_experts)) return;
+      if (!open || e >= static_cast<uint64_t>(p.num_experts)) return;
       if (counted) {
         if (use_bins) {
           atomicAdd(&bins.counts[e], 1u);
@@ -61,9 +63,9 @@ __global__ void __launch_bounds__(kThreads) record_kernel(const Index* indices, 
     } else {
       for (int64_t j = 0; j < p.top_k; ++j) take(row[j * p.indices_stride_k]);
     }
-    if (p.score != nullptr) p.score[t * p.score_stride] += sum;
+    if (p.score != nullptr && open) p.score[t * p.score_stride] += sum;
   }
-  if (!use_bins) return;
+  if (!use_bins || !open) return;
   __syncthreads();
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
     if (bins.counts[e] != 0) atomicAdd(&p.counts[e * p.counts_stride], static_cast<unsigned long long>(bins.counts[e]));

@@ -57,6 +57,16 @@ void select_many(const int32_t* ordered, int64_t n, int64_t k, int32_t* best) {
   for (int64_t j = 0; j < k; ++j) best[j] = INT32_MAX - static_cast<int32_t>(keys[j]);
 }
 
+// The flat position of the first given expert that is none, or stands in its row already; -1 where all are right.
+int64_t first_wrong(const int64_t* given, int64_t num_tokens, int64_t top_k, int64_t num_experts) {
+  std::vector<int64_t> seen(num_experts, -1);  // the last row that had the expert
+  for (int64_t i = 0; i < num_tokens * top_k; ++i) {
+    if (given[i] < 0 || given[i] >= num_experts || seen[given[i]] == i / top_k) return i;
+    seen[given[i]] = i / top_k;
+  }
+  return -1;
+}
+
 int useful_threads(int64_t num_tokens, int64_t num_experts, int num_threads) {
   constexpr int64_t kGrain = 32768;  // logits below which a thread costs more than it saves
   return static_cast<int>(std::clamp<int64_t>(num_tokens * num_experts / kGrain, 1, num_threads));
@@ -86,7 +96,7 @@ int64_t forward(const Router& p, int num_threads) {
     kernels.forward(p, split(p.num_tokens, thread, of), scratch);
   });
   for (const std::vector<int64_t>& local : partial) {
-    for (size_t e = 0; e < local.size(); ++e) p.counts[e] += local[e];
+    for (size_t e = 0; e < local.size(); ++e) p.counts[static_cast<int64_t>(e) * p.counts_stride] += local[e];
   }
   return 0;
 }
@@ -117,10 +127,11 @@ void backward(const RouterGradient& p, int num_threads) {
 
 int64_t router_topk_cpu(uintptr_t logits, int logits_dtype, int64_t num_tokens, int64_t num_experts, int64_t stride_t,
                         int64_t stride_e, int64_t top_k, int score_function, bool renormalize, float scale, float eps,
-                        uintptr_t bias, int64_t num_groups, int64_t topk_groups, bool sum_top2,
-                        float masked_group_value, uintptr_t mask, int64_t mask_stride, uintptr_t table,
+                        uintptr_t bias, int64_t num_groups, int64_t topk_groups, int64_t group_best,
+                        float masked_group_value, uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t given,
                         uintptr_t weights, int weights_dtype, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
-                        uintptr_t counts, uintptr_t score, int num_threads) {
+                        uintptr_t counts, int64_t counts_stride, uintptr_t score, int64_t score_stride,
+                        int num_threads) {
   return forward({reinterpret_cast<const void*>(logits),
                   static_cast<Type>(logits_dtype),
                   num_tokens,
@@ -135,18 +146,21 @@ int64_t router_topk_cpu(uintptr_t logits, int logits_dtype, int64_t num_tokens, 
                   reinterpret_cast<const float*>(bias),
                   num_groups,
                   topk_groups,
-                  sum_top2,
+                  group_best,
                   masked_group_value,
                   reinterpret_cast<const bool*>(mask),
                   mask_stride,
                   reinterpret_cast<const float*>(table),
+                  reinterpret_cast<const int64_t*>(given),
                   reinterpret_cast<void*>(weights),
                   static_cast<Type>(weights_dtype),
                   reinterpret_cast<int64_t*>(indices),
                   reinterpret_cast<float*>(chosen),
                   reinterpret_cast<float*>(stats),
                   reinterpret_cast<int64_t*>(counts),
-                  reinterpret_cast<float*>(score)},
+                  counts_stride,
+                  reinterpret_cast<float*>(score),
+                  score_stride},
                  num_threads);
 }
 
@@ -163,7 +177,12 @@ void router_topk_backward_cpu(uintptr_t grad_weights, int grad_dtype, int64_t gr
            num_threads);
 }
 
+int64_t router_topk_first_wrong(uintptr_t given, int64_t num_tokens, int64_t top_k, int64_t num_experts) {
+  return first_wrong(reinterpret_cast<const int64_t*>(given), num_tokens, top_k, num_experts);
+}
+
 void bind(pybind11::module_& module) {
+  module.def("router_topk_first_wrong", &router_topk_first_wrong);
   module.def("router_topk_cpu", &router_topk_cpu, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("router_topk_backward_cpu", &router_topk_backward_cpu,
              pybind11::call_guard<pybind11::gil_scoped_release>());

@@ -25,18 +25,21 @@ struct Router {
   float scale, eps;
   const float* bias;  // [E]
   int num_groups, topk_groups;
-  bool sum_top2;
+  int group_best;  // a group's score is the sum of so many of its best
   float masked_group_value;
   const bool* mask;
   int64_t mask_stride;
-  const float* table;  // [E]
-  void* weights;       // [T, k]
+  const float* table;    // [E]
+  const int64_t* given;  // [T, k], the experts of each token; null: choose them
+  void* weights;         // [T, k]
   Element weights_type;
   int64_t* indices;            // [T, k]
   float* chosen;               // [T, k]
   float* stats;                // [T, 2]: maximum m and sum of e^(z - m), for the gradient
   unsigned long long* counts;  // [E], added to
-  float* score;                // [T]
+  int64_t counts_stride;
+  float* score;  // [T], added to
+  int64_t score_stride;
 };
 
 struct Bins {
@@ -104,11 +107,13 @@ __device__ __forceinline__ void mask_groups(const Router& p, float (&choice)[N])
       own.keys[i] = offset >= 0 && offset < members ? ordered(choice[i]) : 0;
     }
     unsigned key = own.largest();
-    if (p.sum_top2) {
+    float sum = number_of(key);
+    for (int next = 1; next < p.group_best; ++next) {
       own.set(own.lowest_with(key), 0);
-      key = ordered(number_of(key) + number_of(own.largest()));
+      key = own.largest();
+      sum += number_of(key);
     }
-    groups.set(group, key);
+    groups.set(group, ordered(sum));
   }
   unsigned kept = 0;  // bit i: whether group number(i) is
   for (int round = 0; round < p.topk_groups; ++round) {
@@ -122,6 +127,30 @@ __device__ __forceinline__ void mask_groups(const Router& p, float (&choice)[N])
     const int group = min(Keys<N>::number(i) / members, p.num_groups - 1);
     const unsigned of_group = __shfl_sync(kAllLanes, kept, group % kWarpSize);
     if (!(of_group >> (group / kWarpSize) & 1u)) choice[i] = p.masked_group_value;
+  }
+}
+
+// The experts given for token t into the lanes' slots. Wrong is what is no expert, or stands in another slot too: its
+// weight is NaN, because the host does not wait for the device to raise an error.
+__device__ __forceinline__ void take_given(const Router& p, int64_t t, int (&index)[kPerSlot],
+                                           bool (&wrong)[kPerSlot]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kPerSlot; ++i) {
+    const int slot = i * kWarpSize + lane;
+    if (slot >= p.top_k) continue;
+    const int64_t expert = p.given[t * p.top_k + slot];
+    const bool real = expert >= 0 && expert < p.num_experts;
+    wrong[i] = !real;
+    index[i] = real ? static_cast<int>(expert) : 0;
+  }
+  for (int slot = 0; slot < p.top_k; ++slot) {
+    const int other = __shfl_sync(kAllLanes, slot < kWarpSize ? index[0] : index[kPerSlot - 1], slot % kWarpSize);
+#pragma unroll
+    for (int i = 0; i < kPerSlot; ++i) {
+      const int mine = i * kWarpSize + lane;
+      wrong[i] |= mine != slot && mine < p.top_k && index[i] == other;
+    }
   }
 }
 
@@ -178,8 +207,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const T* logits, R
       keys.keys[i] = e < p.num_experts ? key : 0;
     }
 
-    int index[kPerSlot] = {};  // of the slots lane, lane + 32, ...
-    for (int slot = 0; slot < p.top_k; ++slot) {
+    int index[kPerSlot] = {};   // of the slots lane, lane + 32, ...
+    bool wrong[kPerSlot] = {};  // no expert, or another slot's
+    if (p.given != nullptr) take_given(p, t, index, wrong);
+    for (int slot = 0; p.given == nullptr && slot < p.top_k; ++slot) {
       const unsigned best = keys.largest();
       const int found = PACKED ? static_cast<int>(0xffffu - (best & 0xffffu)) : keys.lowest_with(best);
       keys.set(found, 0);
@@ -193,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const T* logits, R
     for (int i = 0; i < kPerSlot; ++i) {
       used[i] = i * kWarpSize + lane < p.top_k;
       picked[i] = used[i] ? to_float(row[index[i] * p.stride_e]) : -INFINITY;
+      if (wrong[i]) picked[i] = NAN;
     }
     if (p.score_function == Score::softmax_topk) {
       float top = picked[0];
@@ -228,22 +260,23 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const T* logits, R
     for (int i = 0; i < kPerSlot; ++i) {
       if (!used[i]) continue;
       const int64_t at = t * p.top_k + i * kWarpSize + lane;
-      p.indices[at] = index[i];
+      p.indices[at] = p.given == nullptr ? index[i] : p.given[at];
       if (p.chosen != nullptr) p.chosen[at] = value[i];
       store_as(p.weights, p.weights_type, at, value[i] / denominator * p.scale);
+      if (wrong[i]) continue;
       if (counted) atomicAdd(&bins.counts[index[i]], 1u);
       if (p.table != nullptr) score += p.table[index[i]];
     }
     // A fixed tree of additions and one writer: the same score on every run.
     if (p.table != nullptr) {
       score = warp_sum(score);
-      if (lane == 0) p.score[t] = score;
+      if (lane == 0) p.score[t * p.score_stride] += score;
     }
   }
   if (p.counts == nullptr) return;
   __syncthreads();
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
-    if (bins.counts[e] != 0) atomicAdd(&p.counts[e], static_cast<unsigned long long>(bins.counts[e]));
+    if (bins.counts[e] != 0) atomicAdd(&p.counts[e * p.counts_stride], static_cast<unsigned long long>(bins.counts[e]));
   }
 }
 
@@ -265,10 +298,11 @@ void forward(const T* logits, const Router& p, int num_blocks, uintptr_t stream)
 [[maybe_unused]] void router_topk_cuda(uintptr_t logits, int element, int64_t num_tokens, int num_experts,
                                        int64_t stride_t, int64_t stride_e, int top_k, int score_function,
                                        bool renormalize, float scale, float eps, uintptr_t bias, int num_groups,
-                                       int topk_groups, bool sum_top2, float masked_group_value, uintptr_t mask,
-                                       int64_t mask_stride, uintptr_t table, uintptr_t weights, int weights_element,
-                                       uintptr_t indices, uintptr_t chosen, uintptr_t stats, uintptr_t counts,
-                                       uintptr_t score, int num_blocks, uintptr_t stream) {
+                                       int topk_groups, int group_best, float masked_group_value, uintptr_t mask,
+                                       int64_t mask_stride, uintptr_t table, uintptr_t given, uintptr_t weights,
+                                       int weights_element, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
+                                       uintptr_t counts, int64_t counts_stride, uintptr_t score, int64_t score_stride,
+                                       int num_blocks, uintptr_t stream) {
   if (num_experts > kMostExperts || top_k > kMostChosen) {
     throw std::invalid_argument("router_topk_cuda: more experts, or more chosen, than a warp holds");
   }
@@ -285,18 +319,21 @@ void forward(const T* logits, const Router& p, int num_blocks, uintptr_t stream)
                  reinterpret_cast<const float*>(bias),
                  num_groups,
                  topk_groups,
-                 sum_top2,
+                 group_best,
                  masked_group_value,
                  reinterpret_cast<const bool*>(mask),
                  mask_stride,
                  reinterpret_cast<const float*>(table),
+                 reinterpret_cast<const int64_t*>(given),
                  reinterpret_cast<void*>(weights),
                  static_cast<Element>(weights_element),
                  reinterpret_cast<int64_t*>(indices),
                  reinterpret_cast<float*>(chosen),
                  reinterpret_cast<float*>(stats),
                  reinterpret_cast<unsigned long long*>(counts),
-                 reinterpret_cast<float*>(score)};
+                 counts_stride,
+                 reinterpret_cast<float*>(score),
+                 score_stride};
   with_element(element, [&](auto type) {
     using T = decltype(type);
     const auto* rows = reinterpret_cast<const T*>(logits);

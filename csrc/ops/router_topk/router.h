@@ -21,18 +21,21 @@ struct Router {
   float scale, eps;
   const float* bias;  // [E] contiguous
   int64_t num_groups, topk_groups;
-  bool sum_top2;
+  int64_t group_best;  // a group's score is the sum of so many of its best
   float masked_group_value;
   const bool* mask;
   int64_t mask_stride;
-  const float* table;  // [E] contiguous
-  void* weights;       // [T, k]
+  const float* table;    // [E] contiguous
+  const int64_t* given;  // [T, k] contiguous, the experts of each token; null: choose them
+  void* weights;         // [T, k]
   Type weights_type;
   int64_t* indices;  // [T, k]
   float* chosen;     // [T, k]
   float* stats;      // [T, 2]: maximum m and sum of e^(z - m), for the gradient
   int64_t* counts;   // [E], added to
-  float* score;      // [T]
+  int64_t counts_stride;
+  float* score;  // [T], added to
+  int64_t score_stride;
 };
 
 struct RouterGradient {

@@ -94,6 +94,23 @@ void scores(Score function, const float* z, int64_t n, const float stats[2], flo
   }
 }
 
+// The `count` largest of x [n], added from the largest on; x holds no NaN.
+float sum_of_best(const float* x, int64_t n, int64_t count) {
+  float sum = 0.0f, last = kInfinity;
+  for (int64_t taken = 0; taken < count;) {
+    float next = -kInfinity;
+    int64_t equal = 0;  // numbers that are `next`
+    for (int64_t i = 0; i < n; ++i) {
+      if (x[i] >= last && taken > 0) continue;
+      equal = x[i] > next ? 1 : equal + (x[i] == next);
+      next = x[i] > next ? x[i] : next;
+    }
+    for (; equal > 0 && taken < count; --equal, ++taken) sum = taken == 0 ? next : sum + next;
+    last = next;
+  }
+  return sum;
+}
+
 // What the experts are ranked by when there is a bias or groups, into scratch.choice, from scratch.scores.
 void make_choice(const Router& p, const RouterRow& scratch, SelectMany many) {
   const int64_t E = p.num_experts;
@@ -111,7 +128,9 @@ void make_choice(const Router& p, const RouterRow& scratch, SelectMany many) {
       second = low > second ? low : second;
       first = x > first ? x : first;
     }
-    group_scores[g] = nan ? __builtin_nanf("") : p.sum_top2 ? first + second : first;
+    float sum = p.group_best == 1 ? first : first + second;
+    if (p.group_best > 2 && !nan) sum = sum_of_best(choice + g * size, size, p.group_best);
+    group_scores[g] = nan ? __builtin_nanf("") : sum;
   }
   if (p.topk_groups == p.num_groups) return;
   Selection groups{group_scores, scratch.ordered, scratch.candidates, scratch.candidate_index, scratch.groups, 0};
@@ -204,20 +223,20 @@ TK_INLINE void record(const Router& p, const int32_t* best, int64_t* counts, int
     float token_score = 0.0f;
     const float* table = p.table;
     each([=, &token_score](int64_t j) { token_score += table[best[j]]; });
-    p.score[t] = token_score;
+    p.score[t * p.score_stride] += token_score;
   }
 }
 
 template <Type In, Type Out>
 void forward(const Router& p, const Range& tokens, const RouterScratch& scratch) {
   const int64_t E = p.num_experts, k = p.top_k;
-  const bool by_logits = p.bias == nullptr && p.num_groups == 1;
+  const bool by_logits = p.given != nullptr || (p.bias == nullptr && p.num_groups == 1);
   const Way way = {by_logits,
                    p.score_function == Score::softmax_topk || (p.score_function == Score::softmax && by_logits &&
                                                                p.renormalize && p.eps == 0.0f && p.stats == nullptr),
                    In == Type::f32 && p.stride_e == 1 && E % 16 == 0};
   const int64_t row_bytes = p.stride_t * size_of(In), used_bytes = p.stride_e == 1 ? E * size_of(In) : 0;
-  const bool usual = way.by_logits && way.over_chosen && k <= kLanes;
+  const bool usual = way.by_logits && way.over_chosen && k <= kLanes && p.given == nullptr;
   const int64_t limit = tokens.end * k;
   const float* z[kRouterRows];
   float stats[kRouterRows][2];
@@ -244,7 +263,12 @@ void forward(const Router& p, const Range& tokens, const RouterScratch& scratch)
       }
       selections[r] = {by_logits ? z[r] : row.choice, row.ordered, row.candidates, row.candidate_index, row.best, 0};
     }
-    select(selections, rows, E, k, scratch.select_many);
+    if (p.given == nullptr) {
+      select(selections, rows, E, k, scratch.select_many);
+    } else {
+      for (int r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < k; ++j) scratch.rows[r].best[j] = static_cast<int32_t>(p.given[(t0 + r) * k + j]);
+    }
     if (usual) {
       for (int r = 0; r < rows; ++r) weigh<Out, true>(p, way, scratch.rows[r], z[r], stats[r], t0 + r, limit);
     } else {

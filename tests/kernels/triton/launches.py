@@ -114,13 +114,18 @@ def router_topk():
     ):
         rule = Rule(k, function, renormalize, 1.0, eps, *groups)
         logits, selection_bias = empty(T, E, dtype=dtype), empty(E) if bias else None
-        outputs = forward(logits, rule, selection_bias, mask, empty(E), True, dtype, keep)
+        recorded = empty(E, dtype=torch.int64), empty(T)
+        outputs = forward(logits, rule, selection_bias, mask, empty(E), None, *recorded, dtype, keep)
         if keep:
             saved = logits if rule.dense_gradient else None
             backward(empty(T, k, dtype=dtype), saved, *outputs[1:4], rule, E, dtype)
     rule = Rule(8, "softmax", True, 1.0, 0.0, 1, 1, "max", 0.0)
-    forward(empty(T, 128, dtype=BF16), rule, None, None, None, False, FP32, False)
-    forward(empty(128, T, dtype=BF16).T, rule, None, None, None, True, BF16, False)
+    counts, given = empty(128, dtype=torch.int64), empty(T, 8, dtype=torch.int64)
+    forward(empty(T, 128, dtype=BF16), rule, None, None, None, None, None, None, FP32, False)
+    forward(empty(128, T, dtype=BF16).T, rule, None, None, None, None, counts, None, BF16, False)
+    forward(empty(T, 128, dtype=BF16), rule, None, mask, empty(128), given, counts, empty(T), BF16, True)
+    rule = Rule(12, "sigmoid", True, 1.0, 0.0, 8, 4, "sum_topk", lowest)
+    forward(empty(T, 256), rule, empty(256), None, None, None, None, None, FP32, True)
 
 
 OPS = {
@@ -153,6 +158,9 @@ def specialised(launch):
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(launch.kernel.arg_names):
         value = launch.constants[name] if name in launch.constants else launch.arguments[name]
+        if name in launch.kernel.do_not_specialize:
+            signature[name] = "i32"
+            continue
         if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[position,] = "constexpr", value
             continue

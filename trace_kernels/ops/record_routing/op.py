@@ -55,6 +55,65 @@ def record_routing_(
         >>> counts.tolist()
         [1, 0, 2, 1]
     """
+    if not _usual(indices, counts, token_mask, table, token_score, gate):
+        _check(indices, counts, token_mask, table, token_score, gate)
+    # Without autograd: the dispatcher says what happens to arguments that require a gradient.
+    needs_gradient = (
+        table is not None and token_score is not None and (table.requires_grad or token_score.requires_grad)
+    )
+    past = not needs_gradient and light_op.bypasses(indices, counts, token_mask, table, token_score, gate)
+    (_run if past else _record_routing)(indices, counts, token_mask, table, token_score, gate, backend)
+
+
+def _usual(
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    token_score: torch.Tensor | None,
+    gate: torch.Tensor | None,
+) -> bool:
+    """Whether nothing is wrong, found quickly: `_check` has the words for what is."""
+    if not (isinstance(indices, torch.Tensor) and isinstance(counts, torch.Tensor)):
+        return False
+    device, rows = indices.device, indices.shape[:1]
+    return (
+        indices.dtype is torch.int64
+        and indices.dim() == 2
+        and counts.dtype is torch.int64
+        and counts.dim() == 1
+        and counts.device == device
+        and (gate is None or validate.fits(gate, torch.int32, (), device))
+        and recording_fits(rows, counts.shape, device, token_mask, table, token_score)
+    )
+
+
+def recording_fits(
+    rows: tuple[int, ...],
+    experts: tuple[int, ...],
+    device: torch.device,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    token_score: torch.Tensor | None,
+) -> bool:
+    """Whether `check_recording` would find nothing."""
+    if token_mask is not None and not validate.fits(token_mask, torch.bool, rows, device):
+        return False
+    if table is None or token_score is None:
+        return table is token_score
+    return validate.fits(table, torch.float32, experts, device) and validate.fits(
+        token_score, torch.float32, rows, device
+    )
+
+
+def _check(
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    token_score: torch.Tensor | None,
+    gate: torch.Tensor | None,
+) -> None:
     validate.check_dtype("indices", indices, validate.INTEGER_DTYPES)
     validate.check_ndim("indices", indices, 2, "[T, k]")
     validate.check_dtype("counts", counts, (torch.int64,))
@@ -65,12 +124,6 @@ def record_routing_(
         validate.check_dtype("gate", gate, (torch.int32,))
         validate.check_ndim("gate", gate, 0, "a 0-d tensor")
         validate.check_device("gate", gate, indices.device, "indices")
-    # Without autograd: the dispatcher says what happens to arguments that require a gradient.
-    needs_gradient = (
-        table is not None and token_score is not None and (table.requires_grad or token_score.requires_grad)
-    )
-    past = not needs_gradient and light_op.bypasses(indices, counts, token_mask, table, token_score, gate)
-    (_run if past else _record_routing)(indices, counts, token_mask, table, token_score, gate, backend)
 
 
 def check_recording(
@@ -114,8 +167,7 @@ def _run(
     if table is not None and functions.forward is not native.forward_cpu and validate.check_values_on(table.device):
         validate.check_finite("table", table)
     functions.forward(*args)
-    # So that autograd notices when something saved for a backward is written to.
-    torch.autograd.graph.increment_version(counts if token_score is None else (counts, token_score))
+    light_op.written(counts, token_score)
 
 
 def _fake(

@@ -19,7 +19,8 @@ from trace_kernels.shared.triton_common import launch, next_power_of_2
 ENTRIES = 1024
 
 
-@triton.jit
+# Another number of tokens is no other kernel.
+@triton.jit(do_not_specialize=["num_tokens"])
 def record_routing_kernel(
     indices, counts, token_mask, table, token_score, gate,
     num_tokens, num_experts, stride_t, stride_k, stride_counts, stride_mask, stride_score,

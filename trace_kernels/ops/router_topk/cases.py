@@ -65,6 +65,21 @@ def _build(fill: Fill = _normal, bias: float = 0.0, differentiable: bool = True,
     return build
 
 
+def _given(dtype: torch.dtype = torch.int64, strided: bool = False, **options: Any):  # type: ignore[no-untyped-def]
+    """A call whose experts were chosen before, in any order and by other logits."""
+
+    def build(case: Case, generator: torch.Generator) -> Call:
+        call = _build(**options)(case, generator)
+        T, E, k = case.sizes["T"], case.sizes["E"], case.sizes["k"]
+        given = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :k].to(dtype)
+        if strided:
+            given = torch.zeros(k, 2 * T, dtype=dtype)[:, ::2].t().copy_(given)
+        call.kwargs["indices"] = given
+        return call
+
+    return build
+
+
 def _plain(case: Case, generator: torch.Generator) -> Call:
     return Call((_normal(case, generator), case.sizes["k"]), differentiable=(0,))
 
@@ -136,6 +151,7 @@ def _eager(
     table: torch.Tensor | None = None,
     token_score: torch.Tensor | None = None,
     weights_dtype: torch.dtype | None = None,
+    indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the models write it, with autograd's gradient; a stable sort in place of topk, whose ties are arbitrary."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -151,11 +167,14 @@ def _eager(
         choice = choice + selection_bias
     if num_groups > 1:
         groups = choice.view(len(choice), num_groups, choice.shape[1] // num_groups)
-        best = groups.amax(dim=2) if group_score == "max" else groups.topk(2, dim=2).values.sum(dim=2)
+        count = {"max": 1, "sum_top2": 2, "sum_topk": k // topk_groups}[group_score]
+        best = groups.topk(count, dim=2).values.sum(dim=2)
         kept = best.sort(dim=1, descending=True, stable=True).indices[:, :topk_groups]
         out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
         choice = groups.masked_fill(out[:, :, None], masked_group_value).flatten(1)
-    indices = choice.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    if indices is None:
+        indices = choice.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    indices = indices.long()
     return _finish(
         scores.gather(1, indices), indices, score_function, renormalize, scale, eps, token_mask, counts, table,
         token_score, logits.dtype if weights_dtype is None else weights_dtype,
@@ -230,6 +249,28 @@ OP = OpCases(
         Case("groups_more_than_kept", {"T": 37, "E": 16, "k": 9},
              _build(num_groups=4, topk_groups=2, score_function="sigmoid", masked_group_value=float("-inf"))),
         Case("groups_all_kept", _SMALL, _build(num_groups=4, topk_groups=4, masked_group_value=float("-inf"))),
+        Case("groups_sum_topk", _SMALL,
+             _build(num_groups=8, topk_groups=2, group_score="sum_topk", score_function="sigmoid", bias=0.3,
+                    masked_group_value=float("-inf"))),
+        Case("groups_sum_topk_uneven", {"T": 37, "E": 60, "k": 11},
+             _build(num_groups=6, topk_groups=2, group_score="sum_topk", renormalize=False), torch.bfloat16),
+        Case("groups_sum_topk_ties", _SMALL, _build(_ties, num_groups=4, topk_groups=1, group_score="sum_topk")),
+        Case("groups_sum_topk_not_finite", _SMALL,
+             _build(_not_finite, num_groups=4, topk_groups=2, group_score="sum_topk", score_function="sigmoid")),
+        *(
+            Case(f"given_{name}", _SMALL, _given(bias=0.3 * (name in BIASED), **options), dtype)
+            for (name, options), dtype in zip(
+                FAMILIES.items(),
+                (torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.bfloat16,
+                 torch.float32),
+                strict=True,
+            )
+        ),
+        Case("given_float64", _SMALL, _given(renormalize=False), torch.float64),
+        Case("given_uint8_strided", _SMALL, _given(torch.uint8, strided=True)),
+        Case("given_40_of_40", {"T": 9, "E": 40, "k": 40}, _given(renormalize=False, eps=0.0)),
+        Case("given_empty", {"T": 0, "E": 8, "k": 2}, _given(renormalize=False)),
+        Case("given_many_experts", {"T": 23, "E": 3001, "k": 100}, _given()),
         Case("ties", _SMALL, _build(_ties)),
         Case("ties_bfloat16", _SMALL, _build(_ties, renormalize=False), torch.bfloat16),
         Case("ties_groups", _SMALL, _build(_ties, num_groups=8, topk_groups=3, group_score="sum_top2")),

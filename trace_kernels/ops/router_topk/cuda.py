@@ -14,16 +14,7 @@ from trace_kernels.runtime.native import address
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
-def refuse(
-    logits: torch.Tensor,
-    rule: Rule,
-    selection_bias: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
-    table: torch.Tensor | None,
-    want_counts: bool,
-    weights_dtype: torch.dtype,
-    keep: bool,
-) -> str | None:
+def refuse(logits: torch.Tensor, rule: Rule, weights_dtype: torch.dtype) -> str | None:
     E = logits.shape[1]
     if E > MOST_EXPERTS or rule.k > MOST_CHOSEN:
         return f"a warp holds up to {MOST_EXPERTS} experts and {MOST_CHOSEN} chosen, not {E} and {rule.k}"
@@ -36,12 +27,14 @@ def forward(
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
-    want_counts: bool,
+    given: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    token_score: torch.Tensor | None,
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> Outputs:
     outputs, arguments, _alive = prepared(
-        logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep
+        logits, rule, selection_bias, token_mask, table, given, counts, token_score, weights_dtype, keep
     )
     call("router_topk_cuda", logits.device, *arguments, most_blocks(logits.device, 4))
     return outputs

@@ -14,21 +14,14 @@ from trace_kernels.runtime.native import address, native, num_threads
 
 __all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
 
-cpu_unavailable = functools.partial(compiled.cpu_unavailable, "router_topk_backward_cpu", "router_topk_cpu")
+cpu_unavailable = functools.partial(
+    compiled.cpu_unavailable, "router_topk_backward_cpu", "router_topk_cpu", "router_topk_first_wrong"
+)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def refuse_cpu(
-    logits: torch.Tensor,
-    rule: Rule,
-    selection_bias: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
-    table: torch.Tensor | None,
-    want_counts: bool,
-    weights_dtype: torch.dtype,
-    keep: bool,
-) -> str | None:
+def refuse_cpu(logits: torch.Tensor, rule: Rule, weights_dtype: torch.dtype) -> str | None:
     if not logits.is_cpu:
         return f"logits are on {logits.device}, it serves the cpu only"
     if logits.dtype not in DTYPES:
@@ -42,16 +35,31 @@ def forward_cpu(
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
-    want_counts: bool,
+    given: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    token_score: torch.Tensor | None,
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> Outputs:
+    if given is not None:
+        given = given.contiguous()
+        wrong = native().router_topk_first_wrong(given.data_ptr(), *given.shape, logits.shape[1])
+        if wrong >= 0:
+            raise wrong_expert(given, wrong, logits.shape[1])
     outputs, arguments, _alive = prepared(
-        logits, rule, selection_bias, token_mask, table, want_counts, weights_dtype, keep
+        logits, rule, selection_bias, token_mask, table, given, counts, token_score, weights_dtype, keep
     )
     if not_finite := native().router_topk_cpu(*arguments, num_threads()):
         raise validate.not_finite("table", not_finite, logits.shape[1])
     return outputs
+
+
+def wrong_expert(given: torch.Tensor, position: int, num_experts: int) -> ValueError:
+    row, slot = divmod(position, given.shape[1])
+    return ValueError(
+        f"indices: got {int(given[row, slot])} in row {row}, slot {slot}, allowed are different experts in each row, "
+        f"0 to {num_experts - 1}"
+    )
 
 
 def prepared(
@@ -60,24 +68,26 @@ def prepared(
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
-    want_counts: bool,
+    given: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    token_score: torch.Tensor | None,
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Outputs, tuple[float, ...], tuple[torch.Tensor | None, ...]]:
     """What a compiled forward kernel fills, its arguments, and tensors that must outlive the call.
 
-    The outputs are weights, indices and chosen scores [T, k], stats [T, 2], counts [E] and score [T]; what is not
-    wanted is empty.
+    The outputs are weights, indices and chosen scores [T, k], and stats [T, 2]; what is not wanted is empty.
     """
     (T, E), device = logits.shape, logits.device
-    bias = None if selection_bias is None else selection_bias.float().contiguous()
+    # Experts that are given need neither.
+    bias = None if selection_bias is None or given is not None else selection_bias.float().contiguous()
+    num_groups = rule.num_groups if given is None else 1
     table = None if table is None else table.contiguous()
+    given = None if given is None else given.contiguous()
     weights = torch.empty(T, rule.k, dtype=weights_dtype, device=device)
     indices = torch.empty(T, rule.k, dtype=torch.int64, device=device)
     chosen = torch.empty(T if keep else 0, rule.k, dtype=torch.float32, device=device)
     stats = torch.empty(T if keep and rule.dense_gradient else 0, 2, dtype=torch.float32, device=device)
-    counts = torch.zeros(E if want_counts else 0, dtype=torch.int64, device=device)
-    score = torch.empty(0 if table is None else T, dtype=torch.float32, device=device)
     arguments = (
         logits.data_ptr(),
         DTYPES[logits.dtype],
@@ -90,22 +100,25 @@ def prepared(
         rule.scale,
         rule.eps,
         address(bias),
-        rule.num_groups,
+        num_groups,
         rule.topk_groups,
-        rule.group_score == "sum_top2",
+        rule.group_best,
         rule.masked_group_value,
         address(token_mask),
         0 if token_mask is None else token_mask.stride(0),
         address(table),
+        address(given),
         weights.data_ptr(),
         DTYPES[weights_dtype],
         indices.data_ptr(),
         chosen.data_ptr() if chosen.numel() else 0,
         stats.data_ptr() if stats.numel() else 0,
-        counts.data_ptr() if want_counts else 0,
-        score.data_ptr() if score.numel() else 0,
+        address(counts),
+        0 if counts is None else counts.stride(0),
+        address(token_score),
+        0 if token_score is None else token_score.stride(0),
     )
-    return (weights, indices, chosen, stats, counts, score), arguments, (bias, table)
+    return (weights, indices, chosen, stats), arguments, (bias, table, given)
 
 
 def backward_cpu(

@@ -6,7 +6,7 @@ import torch
 
 from trace_kernels.ops.router_topk.rule import Rule
 
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def forward(
@@ -15,16 +15,17 @@ def forward(
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
-    want_counts: bool,
+    given: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    token_score: torch.Tensor | None,
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> Outputs:
-    """Weights [T, k], indices [T, k], chosen [T, k], stats [T, 2], counts [E], score [T].
+    """Weights [T, k], indices [T, k], chosen [T, k], stats [T, 2]; counts [E] and token_score [T] are added to.
 
     `chosen` are the scores of the chosen experts and `stats` the row's maximum m and sum of e^(z - m), a logsumexp in
-    two parts: what the gradient needs. Both are empty without `keep`; counts and score where not asked for.
+    two parts: what the gradient needs. Both are empty without `keep`. `given` are experts [T, k] instead of a choice.
     """
-    num_experts = logits.shape[1]
     z = logits if logits.dtype == torch.float64 else logits.float()
     stats = z.new_empty(0, 2)
     if rule.score_function == "softmax":
@@ -38,9 +39,17 @@ def forward(
     else:
         scores = z
     # A stable sort: NaN first, then the largest, among equals the lowest index.
-    ranking = _choice(z, scores, rule, selection_bias).sort(dim=1, descending=True, stable=True)
-    indices = ranking.indices[:, : rule.k].contiguous()
-    chosen = scores.gather(1, indices)
+    if given is None:
+        ranking = _choice(z, scores, rule, selection_bias).sort(dim=1, descending=True, stable=True)
+        indices = ranking.indices[:, : rule.k].contiguous()
+    else:
+        indices = given.clone()
+    wrong, experts = wrong_experts(given, logits.shape[1]), indices
+    if wrong is not None:
+        experts = torch.where(wrong, 0, indices)
+    chosen = scores.gather(1, experts)
+    if wrong is not None:
+        chosen = chosen.masked_fill(wrong, float("nan"))
     if rule.score_function == "softmax_topk":
         chosen = chosen.softmax(dim=1)
     weights = chosen / (chosen.sum(dim=1, keepdim=True) + rule.eps) if rule.renormalize else chosen
@@ -48,16 +57,25 @@ def forward(
     if weights.data_ptr() == chosen.data_ptr():  # outputs of a custom op share no memory
         weights = weights.clone()
 
-    counted = torch.ones_like(indices) if token_mask is None else token_mask.long()[:, None].expand_as(indices)
-    counts = torch.zeros(num_experts if want_counts else 0, dtype=torch.int64, device=z.device)
-    if want_counts:
-        counts.index_add_(0, indices.flatten(), counted.flatten())
-    score = torch.empty(0, device=z.device) if table is None else table[indices].sum(dim=1)
+    real = torch.ones_like(indices, dtype=torch.bool) if wrong is None else ~wrong
+    if counts is not None:
+        counted = real if token_mask is None else real & token_mask[:, None]
+        counts.index_add_(0, experts.flatten(), counted.flatten().long())
+    if table is not None and token_score is not None:
+        token_score += torch.where(real, table[experts], 0).sum(dim=1)
     if not keep:
         chosen = chosen[:0].clone()
     if not (keep and rule.dense_gradient):
         stats = stats[:0].clone()
-    return weights, indices, chosen, stats, counts, score
+    return weights, indices, chosen, stats
+
+
+def wrong_experts(given: torch.Tensor | None, num_experts: int) -> torch.Tensor | None:
+    """[T, k]: which of the experts given are none, or stand in another slot of their row too; None without any."""
+    if given is None:
+        return None
+    same = (given[:, :, None] == given[:, None, :]).sum(dim=2) > 1
+    return same | (given < 0) | (given >= num_experts)
 
 
 def softmax(z: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
@@ -72,10 +90,21 @@ def _choice(z: torch.Tensor, scores: torch.Tensor, rule: Rule, selection_bias: t
     if rule.num_groups == 1:
         return choice
     grouped = choice.view(choice.shape[0], rule.num_groups, choice.shape[1] // rule.num_groups)
-    group_scores = grouped.amax(dim=2) if rule.group_score == "max" else grouped.topk(2, dim=2).values.sum(dim=2)
+    group_scores = sum_of_best(grouped, rule.group_best)
     ranking = group_scores.sort(dim=1, descending=True, stable=True).indices
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, ranking[:, : rule.topk_groups], True)
     return grouped.masked_fill(~kept[:, :, None], rule.masked_group_value).flatten(1)
+
+
+def sum_of_best(groups: torch.Tensor, count: int) -> torch.Tensor:
+    """The sum of the `count` largest of the last dimension, from the largest on: the order that every backend has."""
+    if count == 1:
+        return groups.amax(dim=-1)
+    best = groups.topk(count, dim=-1).values
+    total = best[..., 0]
+    for place in range(1, count):
+        total = total + best[..., place]
+    return total
 
 
 def backward(
@@ -121,4 +150,4 @@ def backward(
         d_logits = -softmax(logits.to(chosen.dtype), stats) * along
     else:
         d_logits = chosen.new_zeros(indices.shape[0], num_experts)
-    return d_logits.scatter_add_(1, indices, d_chosen).to(dtype)
+    return d_logits.scatter_add_(1, indices.clamp(0, num_experts - 1), d_chosen).to(dtype)

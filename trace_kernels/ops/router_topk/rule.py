@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
-GROUP_SCORES = ("max", "sum_top2")
+GROUP_SCORES = ("max", "sum_top2", "sum_topk")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Rule:
         if eps != 0.0 and dtype != torch.float64:
             eps = ctypes.c_float(eps).value
         return cls(k, score_function, renormalize, scale, eps, *rest)
+
+    @property
+    def group_best(self) -> int:
+        """The sum of how many of a group's best is its score."""
+        return {"max": 1, "sum_top2": 2, "sum_topk": self.k // self.topk_groups}[self.group_score]
 
     @property
     def dense_gradient(self) -> bool:

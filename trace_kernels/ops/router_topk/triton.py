@@ -58,13 +58,14 @@ def element_score(z, FUNCTION: tl.constexpr):
         return z
 
 
-@triton.jit
+# Another number of tokens is no other kernel.
+@triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
-    logits, bias, token_mask, table, weights, indices, chosen, stats, counts, score,
-    num_tokens, stride_t, stride_e, stride_mask, scale, eps, masked_value,
+    logits, bias, token_mask, table, given, weights, indices, chosen, stats, counts, score,
+    num_tokens, stride_t, stride_e, stride_mask, stride_counts, stride_score, scale, eps, masked_value,
     E: tl.constexpr, K: tl.constexpr, FUNCTION: tl.constexpr, RENORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, SUM_TOP2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+    GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, GIVEN: tl.constexpr,
     KEEP: tl.constexpr, STATS: tl.constexpr, COUNT: tl.constexpr, DENSE: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +94,9 @@ def forward_kernel(
             tl.store(stats + rows * 2, largest, mask=row_inside)
             tl.store(stats + rows * 2 + 1, total, mask=row_inside)
 
-    if NARROW:
+    if GIVEN:
+        key = packed(ordered(z), expert, inside)  # is not read
+    elif NARROW:
         # bfloat16 and an index fit into 32 bits.
         key = tl.where(inside, ((ordered(z) >> 16) << 16) | (0xFFFF - expert), NONE_32)
     elif HAS_BIAS or GROUPS > 1:
@@ -104,9 +107,13 @@ def forward_kernel(
         if GROUPS > 1:
             first = tl.max(key, axis=2)  # [T, G]
             order = (first >> 32).to(tl.int32)
-            if SUM_TOP2:
-                second = tl.max(tl.where(key == first[:, :, None], NONE, key), axis=2)
-                order = ordered(number_of(order) + number_of((second >> 32).to(tl.int32)))
+            total_best = number_of(order)
+            left = key
+            for _ in range(GROUP_BEST - 1):
+                left = tl.where(left == first[:, :, None], NONE, left)
+                first = tl.max(left, axis=2)
+                total_best += number_of((first >> 32).to(tl.int32))
+            order = ordered(total_best)
             groups = tl.arange(0, BLOCK_G)[None, :]
             group_key = packed(order, groups, (rows >= 0)[:, None] & (groups < GROUPS))
             kept = group_key != group_key
@@ -121,7 +128,16 @@ def forward_kernel(
     key = tl.reshape(key, [BLOCK_T, BLOCK_G * BLOCK_S])
     slots = tl.arange(0, BLOCK_K)[None, :]
     index = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-    for slot in range(K):
+    used = row_inside[:, None] & (slots < K)
+    wrong = slots < 0  # of the experts given: no expert, or another slot's
+    if GIVEN:
+        asked = tl.load(given + rows[:, None] * K + slots, mask=used, other=0)
+        wrong = used & ((asked < 0) | (asked >= E))
+        index = tl.where(wrong, 0, asked).to(tl.int32)
+        for slot in range(K):
+            other = tl.sum(tl.where(slots == slot, index, 0), axis=1)[:, None]
+            wrong = wrong | (used & (slots != slot) & (index == other))
+    for slot in range(0 if GIVEN else K):
         best = tl.max(key, axis=1)[:, None]
         if NARROW:
             found = 0xFFFF - (best & 0xFFFF)
@@ -131,10 +147,12 @@ def forward_kernel(
             key = tl.where(key == best, NONE, key)
         index = tl.where(slots == slot, found, index)
 
-    used = row_inside[:, None] & (slots < K)
     picked = tl.load(
         logits + rows[:, None] * stride_t + index.to(tl.int64) * stride_e, mask=used, other=0.0
     ).to(tl.float32)  # fmt: skip
+    if GIVEN:
+        # The host does not wait for the device to raise an error.
+        picked = tl.where(wrong, float("nan"), picked)
     if FUNCTION == SOFTMAX:
         value = tl.exp(picked - largest[:, None]) / total[:, None]
     elif FUNCTION == SOFTMAX_TOPK:
@@ -144,26 +162,32 @@ def forward_kernel(
     else:
         value = element_score(picked, FUNCTION)
     out = rows[:, None] * K + slots
-    tl.store(indices + out, index.to(tl.int64), mask=used)
+    if GIVEN:
+        tl.store(indices + out, asked, mask=used)
+    else:
+        tl.store(indices + out, index.to(tl.int64), mask=used)
     if KEEP:
         tl.store(chosen + out, value, mask=used)
     if RENORMALIZE:
         value = value / (tl.sum(tl.where(slots < K, value, 0.0), axis=1) + eps)[:, None]
     store_rounded(weights + out, value * scale, used)
     if HAS_TABLE:
-        tl.store(score + rows, tl.sum(tl.load(table + index, mask=used, other=0.0), axis=1), mask=row_inside)
+        scores = score + rows * stride_score
+        before = tl.load(scores, mask=row_inside, other=0.0)
+        added_score = tl.sum(tl.load(table + index, mask=used & ~wrong, other=0.0), axis=1)
+        tl.store(scores, before + added_score, mask=row_inside)
     if COUNT:
-        counted = used
+        counted = used & ~wrong
         if HAS_MASK:
-            counted = used & (tl.load(token_mask + rows * stride_mask, mask=row_inside, other=0) != 0)[:, None]
+            counted = counted & (tl.load(token_mask + rows * stride_mask, mask=row_inside, other=0) != 0)[:, None]
         bins = tl.arange(0, BINS)
         added = tl.histogram(
             tl.reshape(index, [BLOCK_T * BLOCK_K]), BINS, mask=tl.reshape(counted, [BLOCK_T * BLOCK_K])
         )
-        tl.atomic_add(counts + bins, added.to(tl.int64), mask=(bins < E) & (added > 0), sem="relaxed")
+        tl.atomic_add(counts + bins * stride_counts, added.to(tl.int64), mask=(bins < E) & (added > 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def backward_kernel(
     grad_weights, logits, indices, chosen, stats, gradient,
     num_tokens, stride_gt, stride_gk, stride_t, stride_e, scale, eps,
@@ -216,11 +240,11 @@ def backward_kernel(
     store_rounded(gradient + rows[:, None] * E + experts, result, inside)
 
 
-def refuse(logits: torch.Tensor, *args: object) -> str | None:
+def refuse(logits: torch.Tensor, rule: Rule, weights_dtype: torch.dtype) -> str | None:
     E = logits.shape[1]
     if E > MOST_EXPERTS:
         return f"a program holds a whole row, up to {MOST_EXPERTS} experts; logits have {E}"
-    return "it computes in float32, weights_dtype is float64" if torch.float64 in args else None
+    return "it computes in float32, weights_dtype is float64" if weights_dtype == torch.float64 else None
 
 
 def forward(
@@ -229,40 +253,47 @@ def forward(
     selection_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
-    want_counts: bool,
+    given: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    token_score: torch.Tensor | None,
     weights_dtype: torch.dtype,
     keep: bool,
 ) -> Outputs:
-    """Weights, indices and chosen scores [T, k], stats [T, 2], counts [E], score [T]; what is not wanted is empty."""
+    """Weights, indices and chosen scores [T, k], and stats [T, 2]; what is not wanted is empty."""
     T, E = logits.shape
     device, k = logits.device, rule.k
-    bias = None if selection_bias is None else selection_bias.contiguous()
+    # Experts that are given need neither.
+    bias = None if selection_bias is None or given is not None else selection_bias.contiguous()
+    num_groups = rule.num_groups if given is None else 1
+    given = None if given is None else given.contiguous()
     table = None if table is None else table.contiguous()
     want_stats = keep and rule.dense_gradient
     weights = torch.empty((T, k), dtype=weights_dtype, device=device)
     indices = torch.empty((T, k), dtype=torch.int64, device=device)
     chosen = torch.empty((T if keep else 0, k), dtype=torch.float32, device=device)
     stats = torch.empty((T if want_stats else 0, 2), dtype=torch.float32, device=device)
-    counts = torch.zeros(E if want_counts else 0, dtype=torch.int64, device=device)
-    score = torch.empty(0 if table is None else T, dtype=torch.float32, device=device)
-    narrow = logits.dtype == torch.bfloat16 and bias is None and rule.num_groups == 1
-    block_g, block_s = next_power_of_2(rule.num_groups), next_power_of_2(E // rule.num_groups)
+    narrow = logits.dtype == torch.bfloat16 and bias is None and num_groups == 1
+    block_g, block_s = next_power_of_2(num_groups), next_power_of_2(E // num_groups)
     block_k = next_power_of_2(k)
     block_t = max(1, (4096 if narrow else 2048) // max(block_g * block_s, 2 * block_k))
     launch(
         forward_kernel, (cdiv(T, block_t),),
-        logits, bias, token_mask, table, weights, indices, chosen, stats, counts, score,
-        T, *logits.stride(), 0 if token_mask is None else token_mask.stride(0),
+        logits, bias, token_mask, table, given, weights, indices, chosen, stats, counts, token_score,
+        T, *logits.stride(), *(0 if rows is None else rows.stride(0) for rows in (token_mask, counts, token_score)),
         rule.scale, rule.eps, rule.masked_group_value,
         num_warps=WARPS,
-        bytes=size_of(logits, bias, token_mask, table, weights, indices, chosen, stats, counts, counts, score),
+        bytes=size_of(
+            logits, bias, token_mask, table, given, weights, indices, chosen, stats, counts, counts, token_score,
+            token_score,
+        ),
         E=E, K=k, FUNCTION=SCORE_FUNCTIONS.index(rule.score_function), RENORMALIZE=rule.renormalize,
-        GROUPS=rule.num_groups, TOPK_GROUPS=rule.topk_groups, SUM_TOP2=rule.group_score == "sum_top2",
+        GROUPS=num_groups, TOPK_GROUPS=rule.topk_groups, GROUP_BEST=rule.group_best,
         HAS_BIAS=bias is not None, HAS_MASK=token_mask is not None, HAS_TABLE=table is not None,
-        KEEP=keep, STATS=want_stats, COUNT=want_counts, DENSE=logits.stride() == (E, 1), NARROW=narrow,
+        GIVEN=given is not None,
+        KEEP=keep, STATS=want_stats, COUNT=counts is not None, DENSE=logits.stride() == (E, 1), NARROW=narrow,
         BLOCK_T=block_t, BLOCK_G=block_g, BLOCK_S=block_s, BLOCK_K=block_k, BINS=max(32, next_power_of_2(E)),
     )  # fmt: skip
-    return weights, indices, chosen, stats, counts, score
+    return weights, indices, chosen, stats
 
 
 def backward(
