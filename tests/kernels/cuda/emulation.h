@@ -8,10 +8,15 @@
 // warps_ahead, in which a warp runs to the block's next barrier before the next warp starts. Threads that wait at
 // different rendezvous, or for one that has exited, are an error.
 //
-// What a run here cannot show: races between fibres that never give way (an atomicAdd replaced by += passes), memory
-// ordering and visibility, blocks that depend on each other, coalescing, bank conflicts, occupancy, speed, registers,
-// what the hardware's approximate functions (__expf, tanh.approx) round to, and inline PTX. It is evidence about
-// logic only: nothing that ran here has been tested on a GPU.
+// Under ThreadSanitizer every thread of a block is one of its fibres, new for each block, so that neither threads nor
+// blocks are ordered by having run one after another: __syncthreads and __syncwarp order what is before and after them,
+// shuffles order nothing, atomics are relaxed, and a launch is ordered after those before it. Two accesses of which one
+// writes, to shared or global memory, that nothing orders are then a report, in whatever order they ran.
+//
+// What a run here cannot show: without ThreadSanitizer, races between fibres that never give way (an atomicAdd replaced
+// by += passes); memory ordering and visibility beyond that, blocks that depend on each other, coalescing, bank
+// conflicts, occupancy, speed, registers, what the hardware's approximate functions (__expf, tanh.approx) round to, and
+// inline PTX. It is evidence about logic only: nothing that ran here has been tested on a GPU.
 #pragma once
 
 #define TK_EMULATION 1
@@ -32,6 +37,15 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 #define __global__
@@ -96,14 +110,50 @@ constexpr size_t kStack = 64 << 10;
 
 enum class Wait { none, warp, block, done };
 
+// What ThreadSanitizer sees of this header; nothing without it.
+#ifdef __SANITIZE_THREAD__
+// The accesses of the fibre that made it are this header's own.
+struct Unseen {
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+inline void release(void* point) { __tsan_release(point); }
+inline void acquire(void* point) { __tsan_acquire(point); }
+inline void* current_fibre() { return __tsan_get_current_fiber(); }
+inline void* new_fibre(void* before) {
+  if (before != nullptr) __tsan_destroy_fiber(before);
+  return __tsan_create_fiber(0);
+}
+inline void switch_to(void* fibre) { __tsan_switch_to_fiber(fibre, __tsan_switch_to_fiber_no_sync); }
+constexpr bool kFreshStacks = true;  // what an earlier fibre did to its stack is no race with the next one
+#else
+struct Unseen {
+  Unseen() {}
+};
+inline void release(void*) {}
+inline void acquire(void*) {}
+inline void* current_fibre() { return nullptr; }
+inline void* new_fibre(void*) { return nullptr; }
+inline void switch_to(void*) {}
+constexpr bool kFreshStacks = false;
+#endif
+
 struct Thread {
   ucontext_t context;
+  void* fibre = nullptr;  // ThreadSanitizer's
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
   void* fake_stack = nullptr;  // AddressSanitizer's
   uint3 index{};
   int number = 0;
   Wait wait = Wait::none;
-  int line = 0;  // of the rendezvous
+  int line = 0;                              // of the rendezvous
+  unsigned barriers = 0, warp_barriers = 0;  // that it has passed
 };
 
 // Values change hands in two buffers by turns: nobody reaches the next but one before all have read.
@@ -111,6 +161,7 @@ struct Warp {
   unsigned turn = 0;
   int arrived = 0;
   uint64_t slots[2][kWarp];
+  char points[2];  // of its barriers, by turns
 };
 
 struct Shared {
@@ -125,6 +176,8 @@ struct Machine {
   std::function<void()> kernel;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
+  void* scheduler_fibre = nullptr;
+  char points[2], end;  // of a block's barriers, by turns, and of a launch
   size_t scheduler_stack_size = 0;
   Thread* current = nullptr;
   int num_threads = 0, block_arrived = 0;
@@ -156,6 +209,7 @@ inline void resume(Thread& thread) {
   threadIdx = thread.index;
   void* fake_stack = nullptr;
   start_switch(&fake_stack, thread.stack.get(), kStack);
+  switch_to(thread.fibre);
   swapcontext(&m.scheduler, &thread.context);
   finish_switch(fake_stack, nullptr, nullptr);
 }
@@ -164,6 +218,7 @@ inline void give_way() {
   Machine& m = machine;
   Thread& thread = *m.current;
   start_switch(&thread.fake_stack, m.scheduler_stack, m.scheduler_stack_size);
+  switch_to(m.scheduler_fibre);
   swapcontext(&thread.context, &m.scheduler);
   finish_switch(thread.fake_stack, nullptr, nullptr);
 }
@@ -172,8 +227,13 @@ inline void fibre() {
   Machine& m = machine;
   finish_switch(nullptr, &m.scheduler_stack, &m.scheduler_stack_size);
   m.kernel();
-  m.current->wait = Wait::done;
+  release(&m.end);
+  {
+    const Unseen unseen;
+    m.current->wait = Wait::done;
+  }
   start_switch(nullptr, m.scheduler_stack, m.scheduler_stack_size);
+  switch_to(m.scheduler_fibre);
   setcontext(&m.scheduler);
 }
 
@@ -181,6 +241,7 @@ inline std::string name(const Thread& thread) { return "thread " + std::to_strin
 
 // Wait at a rendezvous of threads [first, last), of which `arrived` counts those that are there.
 inline void rendezvous(Wait kind, int first, int last, int& arrived, int line) {
+  const Unseen unseen;
   Machine& m = machine;
   Thread& self = *m.current;
   self.wait = kind;
@@ -201,6 +262,7 @@ inline void rendezvous(Wait kind, int first, int last, int& arrived, int line) {
 template <typename T>
 const uint64_t* exchange(unsigned mask, T value, int line) {
   static_assert(sizeof(T) <= 8);
+  const Unseen unseen;
   Machine& m = machine;
   const int number = m.current->number, first = number / kWarp * kWarp;
   if (mask != ~0u) m.failure = "a warp function with a partial mask: emulation.h knows whole warps only";
@@ -248,6 +310,9 @@ inline void run_block() {
     if (static_cast<size_t>(i) == m.threads.size()) m.threads.push_back(std::make_unique<Thread>());
     Thread& thread = *m.threads[i];
     const unsigned n = i;
+    thread.fibre = new_fibre(thread.fibre);
+    if (kFreshStacks) thread.stack = std::make_unique<char[]>(kStack);
+    thread.barriers = thread.warp_barriers = 0;
     thread.number = i;
     thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
     thread.wait = Wait::none;
@@ -283,6 +348,7 @@ inline void run_block() {
 // The shared variables of a block: one object for each type.
 template <typename T>
 T& shared_variable() {
+  const Unseen unseen;
   Machine& m = machine;
   const char* type = __PRETTY_FUNCTION__;
   for (const Shared& shared : m.shared) {
@@ -323,12 +389,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, uintptr_t, Arg
   gridDim = grid;
   blockDim = block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t b = m.order == "reverse" ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                static_cast<unsigned>(b / grid.x / grid.y)};
-    emulation::run_block();
+  m.scheduler_fibre = emulation::current_fibre();
+  {
+    const emulation::Unseen unseen;
+    for (uint64_t i = 0; i < blocks; ++i) {
+      const uint64_t b = m.order == "reverse" ? blocks - 1 - i : i;
+      blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                  static_cast<unsigned>(b / grid.x / grid.y)};
+      emulation::run_block();
+    }
   }
+  emulation::acquire(&m.end);
 }
 
 }  // namespace tk
@@ -337,9 +408,19 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, uintptr_t, Arg
 
 inline void __syncthreads(int line = __builtin_LINE()) {
   tk::emulation::Machine& m = tk::emulation::machine;
+  // By turns: nobody reaches the next but one before all have passed this one.
+  char* point = &m.points[m.current->barriers++ % 2];
+  tk::emulation::release(point);
   tk::emulation::rendezvous(tk::emulation::Wait::block, 0, m.num_threads, m.block_arrived, line);
+  tk::emulation::acquire(point);
 }
-inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { tk::emulation::exchange(mask, 0, line); }
+inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
+  tk::emulation::Machine& m = tk::emulation::machine;
+  char* point = &m.warps[m.current->number / tk::emulation::kWarp].points[m.current->warp_barriers++ % 2];
+  tk::emulation::release(point);
+  tk::emulation::exchange(mask, 0, line);
+  tk::emulation::acquire(point);
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int = 32, int line = __builtin_LINE()) {
@@ -370,8 +451,11 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned value, int line = __bu
 
 template <typename T>
 T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address = before + value;
+  T before, after;
+  __atomic_load(address, &before, __ATOMIC_RELAXED);
+  do {
+    after = before + value;
+  } while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return before;
 }
 

@@ -55,3 +55,7 @@ def test_refusals_are_those_of_the_design(records):
         "it computes in float32, weights_dtype is float64",
         "a warp holds up to 1024 experts and 64 chosen, not 3001 and 100",
     }
+
+
+def test_several_blocks_and_chunks(module):
+    output_of(module, "several_blocks")
