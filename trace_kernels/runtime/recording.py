@@ -12,10 +12,16 @@ import torch
 
 @dataclass(frozen=True)
 class Product:
-    """One library matrix product of such a run: what it computes and moves at the least."""
+    """One library matrix product of such a run: [rows, terms] by [terms, columns], and the bytes that it moves."""
 
-    flops: int
+    rows: int
+    columns: int
+    terms: int
     bytes: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.columns * self.terms
 
 
 _recorded: list[Any] | None = None
@@ -42,10 +48,10 @@ def record(item: Any) -> None:
     _recorded.append(item)
 
 
-def record_product(flops: int, bytes: int) -> bool:
+def record_product(a: torch.Tensor, b: torch.Tensor, bytes: int) -> bool:
     """Whether launches are recorded, and then the product is too."""
     if _recorded is not None:
-        _recorded.append(Product(flops, bytes))
+        _recorded.append(Product(a.shape[0], b.shape[1], a.shape[1], bytes))
     return _recorded is not None
 
 

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 
 import torch
 
+from trace_kernels.runtime.cuda_backend import processors
 from trace_kernels.runtime.recording import cdiv, record_product, size_of
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Without torch's TunableOp, which raises for float32 results of 16-bit operands."""
+    enabled = torch.cuda.tunable.is_enabled()
+    if enabled:
+        torch.cuda.tunable.enable(False)
+    try:
+        yield
+    finally:
+        if enabled:
+            torch.cuda.tunable.enable(True)
 
 
 def mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """``out = a @ b`` with float32 products, sums and result: the operands' own dtype on the tensor cores."""
-    if record_product(2 * out.numel() * a.shape[1], size_of(a, b, out)):
+    if record_product(a, b, size_of(a, b, out)):
         return
     if a.device.type == "cpu":
         torch.mm(a.float(), b.float(), out=out)
     elif a.dtype == torch.float32:
         torch.mm(a, b, out=out)
     else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        with untuned():
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def addmm_float32(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """``out += a @ b`` with a float32 `out`."""
-    if record_product(2 * out.numel() * a.shape[1], size_of(a, b, out, out)):
+    if record_product(a, b, size_of(a, b, out, out)):
         return
     if a.device.type == "cpu":
         torch.addmm(out, a.float(), b.float(), out=out)
     elif a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out)
     else:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+        with untuned():
+            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
 
 
 def dense(matrix: torch.Tensor) -> torch.Tensor:
@@ -43,7 +61,7 @@ def dense(matrix: torch.Tensor) -> torch.Tensor:
 CHUNK_BYTES = 640_000_000
 
 
-def chunk_rows(num_rows: int, bytes_per_row: int, budget: int = CHUNK_BYTES) -> int:
+def chunk_rows(num_rows: int, bytes_per_row: int, budget: int) -> int:
     """Rows of a chunk of logits: at most 4096, within the byte budget, a multiple of 128 where it allows one.
 
     Fewer than some 300 rows would make the products read the head faster than the memory delivers it.
@@ -65,16 +83,40 @@ def chunk_rows(num_rows: int, bytes_per_row: int, budget: int = CHUNK_BYTES) -> 
     return min(rows, cdiv(even, 128) * 128)
 
 
-#: Bytes of a block of float32 logits that the next kernel finds in the L2 cache of a data-centre GPU (40 MB and more).
-BLOCK_BYTES = 2**25
+#: Bytes of a block of float32 logits. Twice what the L2 cache of a data-centre GPU holds: by the model of
+#: benchmarks.traffic reading the block from memory costs 2 % at 8192 tokens and a head of 151936 x 2048, and blocks of
+#: half the size would leave the device waiting for the host, which needs some 45 us for a block's two launches.
+BLOCK_BYTES = 2**26
 #: A block's columns are a multiple of this, the tile of a row.
 BLOCK_STEP = 1024
+#: Rows and columns of a library product's tile on the tensor cores of an H100, and its multiprocessors.
+TILE_ROWS, TILE_COLUMNS, PROCESSORS = 128, 256, 132
+
+
+def waves(rows: int, columns: int, num_processors: int = PROCESSORS) -> int:
+    """How many tiles of a product [rows, columns] the busiest multiprocessor computes."""
+    return cdiv(cdiv(rows, TILE_ROWS) * cdiv(columns, TILE_COLUMNS), num_processors)
+
+
+@functools.cache
+def block_columns(rows: int, num_classes: int, most: int, num_processors: int) -> int:
+    """Columns of a block, at most `most`: those for which all blocks' products take the fewest waves, and the most.
+
+    A product of 1.4 waves takes as long as one of two.
+    """
+
+    def total(columns: int) -> int:
+        whole, rest = divmod(num_classes, columns)
+        return whole * waves(rows, columns, num_processors) + waves(rows, rest, num_processors)
+
+    choices = range(BLOCK_STEP, max(most, BLOCK_STEP) + 1, BLOCK_STEP)
+    return min(choices, key=lambda columns: (total(columns), -columns))
 
 
 class Chunks:
     """Memory for a chunk of rows: a block of float32 logits, and `dz` [R, V] in the dtype of the hidden states.
 
-    The vocabulary is walked in blocks so small that the row kernel reads a block's logits from the cache.
+    The vocabulary is walked in blocks of columns: few enough bytes, and tiles that fill the device.
 
     Attributes:
         rows: of a chunk, R.
@@ -88,7 +130,7 @@ class Chunks:
         gradient: bool,
         buffers: int = 1,
         whole: bool = False,
-        budget: int = CHUNK_BYTES,
+        budget: int | None = None,
         rows: int | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -105,10 +147,13 @@ class Chunks:
         overwrite = overwrite and whole and gradient
         apart = gradient and not overwrite
         row_bytes = stride * ((hidden.element_size() if apart else 0) + (4 * buffers if whole else 0))
+        budget = CHUNK_BYTES if budget is None else budget
         self.rows = chunk_rows(self.num_rows, row_bytes, budget) if rows is None else min(rows, self.num_rows)
-        # Three quarters of that beside `dz`: at 151936 classes 2048 rows then take less than 0.65 GB in all.
-        per_row = BLOCK_BYTES * (3 if apart and not whole else 4) // (16 * max(1, self.rows) * buffers)
-        self.columns = min(stride, max(BLOCK_STEP, per_row // BLOCK_STEP * BLOCK_STEP))
+        # Where all logits of a chunk are kept, one product makes them; without `dz` there is room for larger blocks.
+        most = BLOCK_BYTES * (1 if gradient else 2) // (4 * max(1, self.rows) * buffers)
+        on = processors(hidden.device) if hidden.device.type == "cuda" else PROCESSORS
+        columns = stride if whole else block_columns(self.rows, num_classes, min(most, stride + BLOCK_STEP), on)
+        self.columns = min(stride, columns)
         columns = stride if self.whole else self.columns
 
         def matrix(width: int, dtype: torch.dtype) -> torch.Tensor:

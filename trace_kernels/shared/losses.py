@@ -218,7 +218,7 @@ def scale_weight_stash(ctx: Any, stash: torch.Tensor, scale: torch.Tensor, loss:
     if (
         not getattr(ctx, "stash_is_lent", False)
         or type(stash) is not torch.Tensor
-        or stash.device.type != "cpu"
+        or stash.device.type not in ("cpu", "cuda")
         or torch._C._autograd._get_current_graph_task_keep_graph()
         # Several gradients at once (is_grads_batched=True, vmap) are no single number.
         or torch._C._functorch.is_legacy_batchedtensor(scale)
@@ -226,7 +226,18 @@ def scale_weight_stash(ctx: Any, stash: torch.Tensor, scale: torch.Tensor, loss:
     ):
         scaled: torch.Tensor = scale_stash(stash, scale, loss)
         return scaled
-    return stash.zero_() if scale == 0 else stash if scale == 1 else stash.mul_(scale)
+    if stash.device.type == "cpu":
+        return stash.zero_() if scale == 0 else stash if scale == 1 else stash.mul_(scale)
+    return scale_in_place(stash, scale)
+
+
+def scale_in_place(stash: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`stash` times a 0-d `scale` whose value the host does not look at; 0 where it is 0."""
+    if stash.device.type == "cuda" and scale.dtype == torch.float32 and triton_backend.triton_unavailable() is None:
+        from trace_kernels.shared.triton_common import scaled_rows  # imports Triton
+
+        return scaled_rows(stash, scale, stash)
+    return stash.mul_(scale).masked_fill_(scale == 0, 0)
 
 
 @torch.library.custom_op("trace_kernels::scale_stash", mutates_args=())

@@ -168,7 +168,7 @@ def scaled_rows(rows: torch.Tensor, factor: torch.Tensor, out: torch.Tensor | No
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def column_sums_kernel(rows, factor, sums, num_rows, width, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < width
