@@ -9,7 +9,7 @@ JOBS ?= 2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint types format bench gpu check clean help
+.PHONY: demo test lint types format bench gpu gpu-here check clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -17,7 +17,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and clang-format        make types   mypy --strict"
 	@echo "make bench   micro-benchmarks             make format  rewrite files in the project's style"
-	@echo "make gpu     on a CUDA device: conformance, compute-sanitizer, timings beside the peers"
+	@echo "make gpu     on a CUDA device: conformance, timings beside the peers, compute-sanitizer"
+	@echo "make gpu-here   the same with the Python, torch and Triton that are there, without a network"
 
 demo: $(VENV)/.built
 	$(BIN)/trace-unlearn demo --output runs/demo $(DEMO)
@@ -42,7 +43,10 @@ bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run --op all $(BENCH)
 
 gpu: $(VENV)/.built
-	$(BIN)/python -m benchmarks.gpu $(GPU)
+	PYTHON=$(BIN)/python tools/gpu.sh $(GPU)
+
+gpu-here:
+	PYTHON=$(PYTHON) tools/gpu.sh $(GPU)
 
 check: test lint types
 

@@ -1,177 +1,262 @@
-"""Everything that needs a GPU, in one command: conformance on the device, compute-sanitizer, timings beside the peers.
+"""Everything that needs a GPU, in one command: build, conformance on the device, timings, memory checker.
 
-    python -m benchmarks.gpu [--output FILE.json]
+    tools/gpu.sh [--minutes 7] [--output FILE.json]
 
-Builds nothing: `make gpu` does that first. Exits 2, saying so, where there is no CUDA device; 1 when a result is
-wrong, and then times nothing. Candidates take turns in each round with a cold cache, at the sizes of `goals`; calls
-without a backward are replayed from a CUDA graph, also the peers' where they can be captured. A backend or peer that
-does not run is named, with the reason. Writes one JSON and prints one table.
+It takes the Python, torch and Triton that are there and needs no network. The parts run in this order, each under a
+limit of its own, and each writes its result to the file at once; what `--minutes` leaves no time for is cut from the
+end, and named. A backend that fails a test of an op is not timed on that op; all others are. A compiled module that
+runs on this card is taken as it is: delete trace_kernels/_native*.so to build again. Exits 2, saying so, where there is
+no CUDA device, and 1 when something is wrong or was not reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_peers import PEERS
+from benchmarks.gpu_card import card
+from benchmarks.gpu_results import VARIABLE
 from benchmarks.machine import ROOT, describe
-from benchmarks.run import RESULTS, rows_of
-from benchmarks.timing import interleave, peak_memory
-from trace_kernels.ops.linear_cross_entropy.cases import builder as linear
-from trace_kernels.ops.router_topk.cases import OP as ROUTER
-from trace_kernels.runtime.backends import all_ops
-from trace_kernels.testing.cases import Case, OpCases
-from trace_kernels.testing.conformance import discover, execute, prepare
+from trace_kernels.runtime.backends import BACKENDS, all_ops
+from trace_kernels.runtime.native import runs_on
 
-#: T, H, V: 8192 tokens and the head of Qwen3-30B-A3B.
-T, H, V = 8192, 2048, 151936
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is timed, and the milliseconds that an H100 is meant to need; None: a share of the bandwidth is the goal."""
-
-    op: str
-    case: Case
-    milliseconds: float | None
-    backward: bool = True
+RESULTS = Path(__file__).parent / "results" / "local"
+#: Seconds that a part gets at the most, of so many minutes; of more minutes, as much more.
+MINUTES = 7.0
+LIMITS = {"build": 240.0, "conformance": 200.0, "timings": 240.0, "memory": 120.0}
+#: What the memory checker looks at: each kernel once or twice, several blocks among them.
+MEMORY_CASES = (
+    "linear_cross_entropy-full_fp32_mean",
+    "linear_cross_entropy-tiles_bf16",
+    "linear_log_prob-full_bf16",
+    "linear_log_prob-tiles_bf16",
+    "linear_kl-full_bf16_sum",
+    "router_topk-deepseek_v3",
+    "record_routing_-full",
+    "cross_entropy-tail_bf16",
+)
 
 
-def goals() -> list[Goal]:
-    sizes, bf16 = {"T": T, "H": H, "V": V}, torch.bfloat16
+@dataclass
+class Outcome:
+    """How a part ended: passed, failed, absent, or "cut off" by its limit; and what it found."""
 
-    def case(name: str, build: Callable, sizes: dict[str, int] = sizes) -> Case:
-        return Case(f"gpu_{name}", sizes, build, bf16, benchmark=True)
-
-    router = next(c for c in ROUTER.cases if c.name == "bench_16384x128_bfloat16")
-    ops = discover()
-    recording = next(c for c in ops["record_routing_"].cases if c.name == "bench_16384x128")
-    rows = next(c for c in ops["cross_entropy"].cases if c.name == "bench_bf16_1024x151936_inplace")
-    return [
-        Goal("linear_cross_entropy", case("weighted_frozen", linear(frozen=True, ignored=-1.0)), 16.0),
-        Goal("linear_cross_entropy", case("weighted_trainable", linear(frozen=False, ignored=-1.0)), 21.5),
-        Goal("linear_log_prob", case("npo_frozen", linear(frozen=True, weights=None, ignored=-1.0)), 16.0),
-        Goal(
-            "linear_log_prob",
-            case("log_probs_only", linear(frozen=True, weights=None, ignored=-1.0)),
-            7.0,
-            backward=False,
-        ),
-        Goal("router_topk", router, 0.010),
-        Goal("record_routing_", recording, 0.004),
-        Goal("cross_entropy", replace(rows, name="gpu_rows_inplace", sizes={"T": T, "V": V}), None),
-    ]
-
-
-def tiny(goal: Goal) -> Goal:
-    """The same call with at most 64 of everything."""
-    sizes = {letter: min(size, 64) for letter, size in goal.case.sizes.items()}
-    return replace(goal, case=replace(goal.case, sizes=sizes))
+    outcome: str
+    found: object = None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each candidate of a case")
+    parser.add_argument("--seconds", type=float, default=0.3, help="about this long for each candidate of a timing")
+    parser.add_argument("--processes", type=int, default=8, help="that run the tests")
     # On a CPU the same steps with tiny sizes, which measure nothing: for the test of this command.
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("no GPU here: torch sees no CUDA device, so nothing was run and nothing was measured", file=sys.stderr)
         return 2
-    report: dict = {"machine": describe(device), "conformance": "failed", "sanitizer": "not run"}
-    if conformance(device) != 0:
-        write(options.output, report)
-        return 1
-    report["conformance"] = "passed"
-    report["sanitizer"] = sanitizer() if device.type == "cuda" else "absent"
-    report["backends"] = {
-        name: {backend.name: backend.unavailable() or "ready" for backend in backends}
-        for name, backends in all_ops().items()
-    }
-    wanted = goals() if device.type == "cuda" else [tiny(goal) for goal in goals()]
-    report["timings"] = [row for goal in wanted for row in timed(goal, device, options.seconds)]
+    end = time.monotonic() + 60 * options.minutes
+    report: dict = {"card": card(), "machine": describe(torch.device(options.device)), "minutes": options.minutes}
+    print(json.dumps({**report["card"], **report["machine"]}, indent=1), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(options, Path(scratch))
+        for name, limit in LIMITS.items():
+            left = min(max(limit, limit * options.minutes / MINUTES), end - time.monotonic())
+            begin = time.monotonic()
+            outcome = getattr(run, name)(left) if left >= 1 else Outcome("no time was left")
+            report[name] = {
+                "outcome": outcome.outcome,
+                "seconds": round(time.monotonic() - begin, 1),
+                "found": outcome.found,
+            }
+            write(options.output, report)
+            print(f"{name}: {outcome.outcome} after {report[name]['seconds']} s", flush=True)
+    report["card after"] = card()
     write(options.output, report)
-    table(report["timings"])
-    return 0 if report["sanitizer"] in ("passed", "absent") else 1
+    for failure in (report["conformance"]["found"] or {}).get("failed", []):
+        print(f"FAILED {failure['test']}: {failure['why'].splitlines()[-1] if failure['why'] else ''}")
+    table((report["timings"]["found"] or {}).get("rows", []))
+    print(f"wrote {options.output}")
+    return 0 if all(report[name]["outcome"] in ("passed", "absent") for name in LIMITS) else 1
 
 
-def conformance(device: torch.device) -> int:
-    """The whole suite on the device, and every op captured in a CUDA graph and replayed."""
-    tests = [
-        "tests/kernels/test_conformance.py",
-        "tests/kernels/cuda/test_capture.py",
-        "-k",
-        "(right and cuda) or capture_and_replay",
-    ]
-    if device.type == "cpu":
-        tests = ["tests/kernels/test_conformance.py", "-n", "0", "-k", "right and reference and record_routing"]
-    return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT).returncode
+class Run:
+    """The parts; each gets the seconds that it may take."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.options = options
+        self.scratch = scratch
+        self.device: str = options.device
+        self.backends = ("cuda", "triton") if self.device == "cuda" else ("reference",)
+        self.wrong: list[str] = []  # "op:backend" that failed a test
+
+    def build(self, seconds: float) -> Outcome:
+        """For this card only, unless a module that runs on it is there; without nvcc Triton is all there is."""
+        on_gpu = self.device == "cuda"
+        arch = "".join(map(str, torch.cuda.get_device_capability())) if on_gpu else ""
+        if (info := built()) and (not on_gpu or (info["cuda_built"] and runs_on(info["cuda_archs"], arch))):
+            return Outcome("passed", {"built before": info})
+        environment = {"TRACE_KERNELS_CUDA": "off"}
+        if on_gpu:
+            environment = {"TRACE_KERNELS_CUDA": "auto", "TRACE_KERNELS_CUDA_ARCHS": arch}
+        code, output = limited(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, environment, show=False
+        )
+        if code is None:
+            return Outcome("cut off")
+        info = built()
+        if code != 0 or info is None:
+            return Outcome("failed", {"output": output[-4000:]})
+        return Outcome("passed" if info["cuda_built"] == on_gpu else "failed", {"built": info})
+
+    def conformance(self, seconds: float) -> Outcome:
+        """The cases on the device, single kernels, several blocks and chunks, and capture in a CUDA graph."""
+        results = self.scratch / "tests.jsonl"
+        tests = ["tests/kernels/test_conformance.py"]
+        chosen = " or ".join(f"{backend}-{self.device}]" for backend in self.backends)
+        chosen = f"right and ({chosen})"
+        if self.device == "cuda":
+            tests += ["tests/kernels/cuda/test_capture.py", "tests/kernels/cuda/test_device.py"]
+            chosen = f"({chosen}) or capture_and_replay or on_the_device"
+        else:
+            chosen += " and (record_routing_ or cross_entropy-fp32)"
+        command = [
+            sys.executable, "-m", "pytest", *tests, "-k", chosen, "-n", str(self.options.processes),
+            "-p", "no:cacheprovider", "-p", "benchmarks.gpu_results", "--tb=short",
+        ]  # fmt: skip
+        code, output = limited(command, seconds, {VARIABLE: str(results)})
+        lines = json_lines(results)
+        failed = [line for line in lines if line["outcome"] == "failed"]
+        for line in failed:
+            words = line["test"].rpartition("[")[2].rstrip("]").split("-")
+            op = next((word for word in words if word in all_ops()), None)
+            # The last word is the device, or none of the backend's.
+            backend = next((word for word in reversed(words[:-1]) if word in BACKENDS), None)
+            if op and backend:
+                self.wrong.append(f"{op}:{backend}")
+        found = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in ("passed", "skipped")} | {
+            "failed": failed
+        }
+        if code is None:
+            return Outcome("cut off", found)
+        passed = code == 0 and found["passed"]
+        return Outcome("passed" if passed else "failed", found if lines else {"output": output[-4000:]})
+
+    def timings(self, seconds: float) -> Outcome:
+        """In a process of its own; when another project's code ends it, a new one goes on with the next goal."""
+        path = self.scratch / "timings.jsonl"
+        command = [
+            sys.executable, "-m", "benchmarks.gpu_goals", "--output", str(path), "--device", self.device,
+            "--seconds", str(self.options.seconds), "--wrong", ",".join(sorted(set(self.wrong))),
+        ]  # fmt: skip
+        end = time.monotonic() + seconds
+        code: int | None = 1
+        for _ in range(3):
+            if end - time.monotonic() < 1:
+                break
+            code, _ = limited(command, end - time.monotonic())
+            if code in (0, None):
+                break
+        lines = json_lines(path)
+        found = {
+            "floors": next((line["floors"] for line in lines if "floors" in line), None),
+            "rows": [line["row"] for line in lines if "row" in line],
+            "not timed": [line["not timed"] for line in lines if "not timed" in line],
+        }
+        ours = [entry for entry in found["not timed"] if entry["candidate"].startswith("ours") and entry["wrong"]]
+        if code is None:
+            return Outcome("cut off", found)
+        return Outcome("passed" if code == 0 and not ours else "failed", found)
+
+    def memory(self, seconds: float) -> Outcome:
+        """compute-sanitizer on cases of every op: torch's allocator off, or it sees one large block."""
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            return Outcome("absent")
+        # Older ones call the filter by another name.
+        text = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
+        kernels = "--kernel-regex" if "--kernel-regex" in text else "--filter"
+        backend = self.backends[0]
+        cases = " or ".join(MEMORY_CASES)
+        tests = [
+            "-m", "pytest", "tests/kernels/test_conformance.py",
+            "-k", f"right and {backend}-{self.device}] and ({cases})", "-p", "no:cacheprovider",
+        ]  # fmt: skip
+        end = time.monotonic() + seconds
+        found = {}
+        for check in ("memcheck", "racecheck"):
+            left = end - time.monotonic()
+            if left < 1:
+                return Outcome("cut off", found)
+            command = [
+                tool, "--tool", check, "--error-exitcode", "1", "--report-api-errors", "no", kernels, "kns=tk",
+                sys.executable, *tests,
+            ]  # fmt: skip
+            code, output = limited(command, left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            found[check] = "cut off" if code is None else "passed" if code == 0 else output[-4000:]
+            if code is None:
+                return Outcome("cut off", found)
+        return Outcome("passed" if set(found.values()) == {"passed"} else "failed", found)
 
 
-def sanitizer() -> str:
-    """compute-sanitizer's memcheck and racecheck on a small case of every op."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return "absent"
-    names = "full_fp32_mean or full_bf16_sum or deepseek_v3 or record_routing_-full or cross_entropy-tail_bf16"
-    tests = ["-m", "pytest", "tests/kernels/test_conformance.py", "-k", f"cuda-cuda and ({names})"]
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, *tests]
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
-            return f"failed: {check}"
-    return "passed"
+def built() -> dict | None:
+    """What the compiled module in the tree says of itself, asked in another process; None where none loads."""
+    code = "import json; from trace_kernels import _native; print(json.dumps(_native.build_info()))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return json.loads(result.stdout) if result.returncode == 0 else None
 
 
-def timed(goal: Goal, device: torch.device, seconds: float) -> list[dict]:
-    """Rows of benchmarks.run for one goal, with the goal in them; what could not run is a row without times."""
-    op: OpCases = discover()[goal.op]
-    call = goal.case.call(device)
-    if not goal.backward:
-        call.differentiable = ()
-    call = prepare(call)
-    candidates: dict[str, Callable[[], object]] = {}
-    for backend in all_ops()[goal.op]:
-        candidates[f"ours:{backend.name}"] = lambda name=backend.name: execute(op.function, call, backend=name)
-    for peer, function in {"eager": op.eager, **op.peers, **PEERS.get(goal.op, {})}.items():
-        candidates[f"peer:{peer}"] = lambda function=function: execute(function, call)
-    found, failed = {}, {}
-    for name, candidate in candidates.items():
+def limited(
+    command: list[str], seconds: float, environment: dict[str, str] | None = None, show: bool = True
+) -> tuple[int | None, str]:
+    """The exit code, None when the time was up, and the output; then all that the command started is ended too."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            candidate()
-            found[name] = candidate if call.differentiable or device.type == "cpu" else graphed(name, candidate)
-        except Exception as error:  # another project's code may fail in any way, also for want of memory
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{goal.op} {goal.case.name}: {name} does not run: {failed[name]}")
-    memory = {name: peak_memory(candidate, device) for name, candidate in found.items()}
-    timings = interleave(found, device, seconds=seconds)
-    rows = rows_of(op, goal.case, timings, memory)
-    return [{**row, "goal_ms": goal.milliseconds, "failed": failed} for row in rows]
+            code: int | None = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    if show or code not in (0, None):
+        print(text[-3000:], flush=True)
+    return code, text
 
 
-def graphed(name: str, function: Callable[[], object]) -> Callable[[], object]:
-    """The replay of what `function` launches, a call without the launches' own cost; itself if a peer's has none."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            function()
-    except RuntimeError as error:
-        if name.startswith("ours"):
-            raise
-        print(f"{name} cannot be captured and is timed without a graph: {str(error).splitlines()[0]}")
-        torch.cuda.synchronize()
-        return function
-    return graph.replay
+def json_lines(path: Path) -> list[dict]:
+    """What a part had written when it ended; a last line may be cut."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def write(path: Path, report: dict) -> None:
@@ -179,12 +264,11 @@ def write(path: Path, report: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, path)
-    print(f"wrote {path}")
 
 
 def table(rows: list[dict]) -> None:
-    columns = ("op", "case", "candidate", "p50_ms", "goal_ms", "ratio_to_ours", "GB_per_s", "peak_bytes")
-    widths = {column: max(len(column), *(len(str(row[column])) for row in rows)) for column in columns}
+    columns = ("goal", "candidate", "p50_ms", "goal_ms", "over_floor", "ratio_to_ours", "host_us", "peak_bytes")
+    widths = {column: max([len(column), *(len(str(row[column])) for row in rows)]) for column in columns}
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         print("  ".join(str(row[column]).ljust(widths[column]) for column in columns))
 

@@ -52,15 +52,19 @@ class Case:
     benchmark: bool = False
 
     def call(self, device: torch.device | str = "cpu") -> Call:
-        """The inputs, the same on every call and every machine, moved to `device`.
-
-        ``tensor.to`` keeps strides of dense tensors only, so `build` makes strided inputs on the CPU.
-        """
+        """The inputs, the same on every call and every machine, moved to `device` with strides and offsets."""
         generator = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(self.name)) % 2**31)
         call = self.build(self, generator)
         if torch.device(device).type == "cpu":
             return call
-        return call.map(lambda _, value: value.to(device) if isinstance(value, torch.Tensor) else value)
+        return call.map(lambda _, value: moved(value, device) if isinstance(value, torch.Tensor) else value)
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on `device` with all of its storage: ``tensor.to`` closes gaps between strides and drops offsets."""
+    storage = tensor.untyped_storage()
+    whole = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, (storage.nbytes() // tensor.element_size(),), (1,))
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,13 @@ def execute(function: Any, ready: Call, *, backward: bool = True, **extra: Any) 
     floating = [output for output in outputs if output.requires_grad]
     if ready.differentiable and backward and floating:
         leaves = [_argument(ready, key) for key in ready.differentiable]
-        gradients = torch.autograd.grad(floating, leaves, [_upstream(output) for output in floating], allow_unused=True)
+        gradients = torch.autograd.grad(floating, leaves, [upstream(output) for output in floating], allow_unused=True)
         for key, leaf, gradient in zip(ready.differentiable, leaves, gradients, strict=True):
             tensors[f"gradient {key}"] = torch.zeros_like(leaf) if gradient is None else gradient.detach()
     return Result(tensors)
 
 
-def _upstream(output: torch.Tensor) -> torch.Tensor:
+def upstream(output: torch.Tensor) -> torch.Tensor:
     """Both signs and sizes of one: a gradient that is constant over tokens would hide mixed-up rows."""
     return _random(output.shape, output.dtype, output.device)
 
@@ -97,12 +97,14 @@ def _argument(call: Call, key: int | str) -> torch.Tensor:
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:
-    """A detached copy with the same strides, also where they overlap (expanded) or leave gaps."""
+    """A detached copy with the same strides, also where they leave gaps, and the same misalignment."""
     if not value.numel() or any(stride == 0 for stride in value.stride()):
         return value.detach().clone() if value.is_contiguous() else value.detach()
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    storage = torch.zeros(span, dtype=value.dtype, device=value.device)
-    return storage.as_strided(value.shape, value.stride()).copy_(value.detach())
+    # Memory starts on 64 bytes: what matters of an offset is where it leaves the first element.
+    offset = value.storage_offset() % 64
+    storage = torch.zeros(offset + span, dtype=value.dtype, device=value.device)
+    return storage.as_strided(value.shape, value.stride(), offset).copy_(value.detach())
 
 
 def in_float64(call: Call) -> Call:
@@ -128,7 +130,7 @@ def errors(op: OpCases, case: Case, backend: str, device: str = "cpu") -> list[s
                 differing = int((got[name] != expected).sum())
                 problems.append(f"{name}: {differing} of {expected.numel()} entries differ")
         else:
-            problems += _compare(name, got[name], expected, eager.get(name))
+            problems += compare(name, got[name], expected, eager.get(name))
     return problems
 
 
@@ -153,7 +155,7 @@ def _against_eager(op: OpCases, case: Case, truth: dict[str, torch.Tensor], devi
     return problems
 
 
-def _compare(name: str, got: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor | None) -> list[str]:
+def compare(name: str, got: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor | None) -> list[str]:
     finite = torch.isfinite(expected)
     if not torch.equal(torch.isfinite(got), finite):
         return [f"{name}: finite in other places than the reference"]

@@ -6,13 +6,14 @@ from trace_kernels.ops.linear_cross_entropy import reference
 from trace_kernels.shared.losses import NO_LABEL
 
 
-def no_label_problems(forward, backward_weight, dtype, T=9, H=16, V=2100):
+def no_label_problems(forward, backward_weight, dtype, T=9, H=16, V=2100, device="cpu"):
     """What is wrong with a backend's functions on such targets, against the reference and by the definition."""
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((T, H), (V, H)))
     target = torch.randint(V, (T,), generator=generator)
     target[1], target[2], target[6:] = NO_LABEL, -100, NO_LABEL
     weights = torch.linspace(0.5, 2, T)
+    hidden, weight, target, weights = (tensor.to(device) for tensor in (hidden, weight, target, weights))
     arguments = (hidden, weight, None, target, None, -100, None, 1.3, True, False)
     logp, lse, dhidden, *_ = forward(*arguments)
     got = {"lse": lse, "dhidden": dhidden}

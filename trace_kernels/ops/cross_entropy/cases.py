@@ -18,11 +18,14 @@ def _builder(*, weights_need_gradient: bool = False, **options: Any) -> Callable
     build_linear = linear.builder(weights_need_gradient=weights_need_gradient, **options)
 
     def build(case: Case, generator: torch.Generator) -> Call:
-        """The linear op's inputs with a head as wide as its vocabulary: its rows are as good as any logits."""
-        wide = Case(case.name, {**case.sizes, "H": case.sizes["V"]}, case.build, case.dtype)
-        call = build_linear(wide, generator)
+        """The linear op's inputs, with logits in the place of its hidden states and head."""
+        call = build_linear(Case(case.name, {**case.sizes, "H": 1}, case.build, case.dtype), generator)
+        shape = (*call.args[0].shape[:-1], case.sizes["V"])
+        logits = (torch.randn(shape, generator=generator) * options.get("spread", 1.0)).to(case.dtype)
+        if options.get("strided", False):
+            logits = linear.gappy(logits)
         differentiable = (0, 2) if weights_need_gradient else (0,)
-        return Call((call.args[0], *call.args[2:]), call.kwargs, differentiable)
+        return Call((logits, *call.args[2:]), call.kwargs, differentiable)
 
     return build
 

@@ -66,8 +66,8 @@ def record_routing_(
 
 
 def _usual(
-    indices: torch.Tensor,
-    counts: torch.Tensor,
+    indices: object,
+    counts: object,
     token_mask: torch.Tensor | None,
     table: torch.Tensor | None,
     token_score: torch.Tensor | None,

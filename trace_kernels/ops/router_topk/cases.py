@@ -69,7 +69,7 @@ def _given(dtype: torch.dtype = torch.int64, strided: bool = False, **options: A
     """A call whose experts were chosen before, in any order and by other logits."""
 
     def build(case: Case, generator: torch.Generator) -> Call:
-        call = _build(**options)(case, generator)
+        call: Call = _build(**options)(case, generator)
         T, E, k = case.sizes["T"], case.sizes["E"], case.sizes["k"]
         given = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :k].to(dtype)
         if strided:
