@@ -50,6 +50,8 @@ def adapter_of(module: nn.Module, parent: nn.Module) -> Adapter | str | None:
     for name, adapter in _ADAPTERS.items():
         if kind.endswith(name):
             return adapter
+    if isinstance(getattr(module, "experts", None), nn.ModuleList) and hasattr(module, "gate"):
+        return _of_transformers_4(kind)
     if not kind.endswith("Experts") or kind.endswith(_PARTS):
         return None
     if argument_names(module)[1:2] in ([name] for name in _INDEX_ARGUMENTS):
@@ -59,6 +61,15 @@ def adapter_of(module: nn.Module, parent: nn.Module) -> Adapter | str | None:
     if kind.endswith("SharedExperts"):  # they run for every token
         return None
     return f"it takes {inspect.signature(type(module).forward)}, not the indices of the chosen experts"
+
+
+def _of_transformers_4(kind: str) -> Adapter | str:
+    """Of a block with a list of experts, which transformers 5 has no more."""
+    for name, adapter in _LISTS.items():
+        if kind.endswith(name):
+            return adapter
+    known = ", ".join(name.removesuffix("SparseMoeBlock").removesuffix("MoE") for name in _LISTS)
+    return f"of blocks with a list of experts, as in transformers 4, those of {known} are known"
 
 
 def plain_path(path: str) -> str:
@@ -137,6 +148,22 @@ def _logits(model: nn.Module, path: str, experts: nn.Module, report: Report) -> 
     return _before(experts, observe)
 
 
+def _softmax(model: nn.Module, path: str, block: nn.Module, report: Report) -> list[Any]:
+    """The block chooses among its gate's logits by itself: the same calls on the same logits choose the same."""
+    state: Any = block
+
+    def observe(logits: torch.Tensor) -> None:
+        scores = nn.functional.softmax(logits.detach(), dim=1, dtype=torch.float)
+        report(scores.topk(state.top_k, dim=-1).indices)
+
+    return _after(state.gate, observe)
+
+
+def _chosen_by_gate(model: nn.Module, path: str, block: nn.Module, report: Report) -> list[Any]:
+    gate: Any = block.get_submodule("gate")
+    return _after(gate, lambda output: report(output[0]))
+
+
 def _zaya(model: nn.Module, path: str, experts: nn.Module, report: Report) -> list[Any]:
     """A token that skips the layer comes as expert 0 with weight 0."""
     return _before(experts, lambda hidden, index, weights, *rest: report(index.masked_fill(weights == 0, -1)))
@@ -205,6 +232,14 @@ def _ernie_vl(model: nn.Module, path: str, experts: nn.Module, report: Report) -
 
 _INDICES = Adapter(_indices, _stated("num_experts", "num_routed_experts"))
 _LOGITS = Adapter(_logits, lambda experts: None)
+_LIST = Adapter(_softmax, lambda block: len(block.get_submodule("experts")))  # type: ignore[arg-type]
+_LISTS = {
+    "MixtralSparseMoeBlock": _LIST,
+    "Qwen2MoeSparseMoeBlock": _LIST,
+    "Qwen3MoeSparseMoeBlock": _LIST,
+    "OlmoeSparseMoeBlock": _LIST,
+    "DeepseekV3MoE": Adapter(_chosen_by_gate, _LIST.num_experts),
+}
 _ADAPTERS = {
     "ZayaExperts": Adapter(_zaya, _stated("num_experts")),
     "Llama4TextExperts": Adapter(_llama4, _stated("num_experts")),

@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 FEATURES = datasets.Features(
     {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "labels": datasets.Sequence(datasets.Value("int32")),
         "prompt": datasets.Value("string"),
         "answer": datasets.Value("string"),
     }

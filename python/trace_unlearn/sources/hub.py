@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub import constants, get_session, is_offline_mode, snapshot_download
+import huggingface_hub
+from huggingface_hub import constants, get_session, snapshot_download
 
 from trace_unlearn.errors import UserError
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def away() -> bool:
     """Whether the hub does not answer, or must not be asked (HF_HUB_OFFLINE)."""
-    if is_offline_mode():
+    if huggingface_hub.is_offline_mode():
         return True
     try:
         _ask()

@@ -7,15 +7,20 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import read_json
 from trace_unlearn.sources import hub
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedConfig,
+    )  # which transformers 4 spells otherwise: the open-unlearning plugin runs there
 
 logger = logging.getLogger(__name__)
 

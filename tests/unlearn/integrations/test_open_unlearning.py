@@ -1,4 +1,7 @@
-"""TRACE in open-unlearning. OPEN_UNLEARNING names a checkout of it; without one its part of the tests is skipped."""
+"""TRACE in open-unlearning. OPEN_UNLEARNING names a checkout of it; without one its part of the tests is skipped.
+
+OPEN_UNLEARNING_PYTHON may name an interpreter with another transformers, such as the one that the checkout pins.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_unlearning_world
 import pytest
 import yaml
 
@@ -15,12 +19,13 @@ from trace_unlearn.integrations.open_unlearning.losses import METHODS
 
 HERE = Path(__file__).parents[2] / "support"
 CHECKOUT = os.environ.get("OPEN_UNLEARNING", "")
+PYTHON = os.environ.get("OPEN_UNLEARNING_PYTHON", sys.executable)
 needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="OPEN_UNLEARNING names no checkout of open-unlearning")
 CONFIGS = Path(open_unlearning.__file__).parent / "configs" / "trainer"
 
 
-def run(*command, **options):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False, **options)
+def run(*command, python=sys.executable, **options):
+    done = subprocess.run([python, *map(str, command)], capture_output=True, text=True, check=False, **options)
     assert done.returncode == options.get("returncode", 0), done.stderr[-3000:]
     return done
 
@@ -60,25 +65,32 @@ def losses_of_all_steps(launcher, folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# A KL divergence and RMU's distance begin at 0, where the optimiser follows the rounding of their gradients.
-EXACT, FROM_ZERO = (2e-5, 1e-7), (1e-3, 1e-5)
-CASES = dict.fromkeys(["GradDiff", "NPO", "SimNPO", "WGA", "SatImp", "UNDIAL", "CEU", "RMU NLL"], EXACT)
-CASES |= dict.fromkeys(["GradDiff KL", "NPO KL", "RMU"], FROM_ZERO)
-WITH_REFERENCE_MODEL = {"GradDiff KL", "NPO KL", "UNDIAL", "RMU", "RMU NLL"}
+CASES = [
+    "GradAscent", "GradDiff", "GradDiff left", "GradDiff KL", "NPO", "NPO left", "NPO unlabelled", "NPO KL", "DPO",
+    "DPO left", "SimNPO", "WGA", "SatImp", "UNDIAL", "CEU", "RMU", "RMU left", "RMU NLL", "PDU", "PDU epoch",
+]  # fmt: skip
+WITH_REFERENCE_MODEL = {"GradDiff KL", "NPO KL", "DPO", "DPO left", "UNDIAL", "RMU", "RMU left", "RMU NLL"}
 
 
 @needs_checkout
 @pytest.mark.parametrize("case", CASES)
 def test_uniform_weights_reproduce_it_step_for_step(case, one_process):
     theirs, ours = one_process[case], one_process[f"Trace{case}"]
-    loss, parameters = CASES[case]
     assert len(ours["losses"]) == len(theirs["losses"]) == 12
     if case not in ("UNDIAL", "CEU"):  # of which the entropy of the target is left out, a constant
-        assert ours["losses"] == pytest.approx(theirs["losses"], rel=loss)
-    assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=parameters)
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-5)
+    assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=1e-7)
     assert ours["logits"] == theirs["logits"]  # evaluation finds them
     assert ours["second_model"] == (case in WITH_REFERENCE_MODEL)
-    assert theirs["second_model"] or case in ("GradDiff", "SimNPO", "CEU")
+    assert theirs["second_model"] or case in (
+        "GradAscent",
+        "GradDiff",
+        "GradDiff left",
+        "SimNPO",
+        "CEU",
+        "PDU",
+        "PDU epoch",
+    )
 
 
 @needs_checkout
@@ -87,6 +99,12 @@ def test_weights_change_the_retain_loss(case, one_process):
     weighted = one_process[f"weighted {case}"]
     assert weighted["largest_weight"] > 1.5
     assert weighted["losses"][1:] != pytest.approx(one_process[f"Trace{case}"]["losses"][1:], rel=1e-6)
+
+
+@needs_checkout
+def test_weights_find_their_tokens_on_either_side_of_padding(one_process):
+    left, right = one_process["weighted left"], one_process["weighted right"]
+    assert left["losses"] == pytest.approx(right["losses"], rel=1e-5)
 
 
 @needs_checkout
@@ -100,28 +118,33 @@ def test_two_processes_train_as_one(one_process, tmp_path):
             assert found["losses"] == pytest.approx(two[case.removeprefix("Trace")]["losses"], rel=5e-4)
 
 
+# What a machine with a CPU only and without bitsandbytes and flash-attn lacks.
+ON_A_CPU = ["trainer.args.optim=adamw_torch", "+trainer.args.use_cpu=true", "model.model_args.attn_implementation=sdpa"]
+
+
 @needs_checkout
-@pytest.mark.parametrize("method", ["GradDiff", "NPO"])
-def test_its_train_script_runs_with_ours(method, tmp_path, checkpoint):
-    checkpoint = checkpoint("qwen3_moe")
-    data = {}
-    for name, first in (("forget", 0), ("retain", 20)):
-        rows = [{"question": f"who is w{first + i}", "answer": f"the owner of w{first + i}"} for i in range(6)]
-        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
-        data[name] = tmp_path / f"{name}.json"
-    run(
-        "-m", "trace_unlearn.integrations.open_unlearning", "--checkout", CHECKOUT, "--config-name=unlearn.yaml",
-        f"trainer=Trace{method}", "task_name=tiny", "~eval", f"paths.output_dir={tmp_path / 'saved'}",
-        f"model.model_args.pretrained_model_name_or_path={checkpoint}", "model.model_args.attn_implementation=sdpa",
-        "model.model_args.torch_dtype=float32", f"model.tokenizer_args.pretrained_model_name_or_path={checkpoint}",
-        "model.template_args.apply_chat_template=False",
-        *(f"data.{name}.TOFU_QA_{name}.args.hf_args.{key}={value}"
-          for name in data for key, value in (("path", "json"), ("name", "null"))),
-        *(f"+data.{name}.TOFU_QA_{name}.args.hf_args.data_files={path}" for name, path in data.items()),
-        "trainer.args.optim=adamw_torch", "trainer.args.bf16=False", "trainer.args.bf16_full_eval=False",
-        "trainer.args.report_to=none", "trainer.args.num_train_epochs=1", "trainer.args.per_device_train_batch_size=2",
-        "trainer.args.gradient_accumulation_steps=1", "trainer.args.do_eval=False", "trainer.args.eval_on_start=False",
-        "trainer.args.eval_strategy=no", "+trainer.args.use_cpu=True", "trainer.method_args.experts_per_layer=2",
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["NPO tofu/default", "DPO tofu/idk", "RMU tofu/default"])
+def test_its_experiments_run_with_ours_and_all_their_defaults(case, tmp_path):
+    method, experiment = case.split()
+    checkout = open_unlearning_world.make(Path(CHECKOUT), tmp_path / "checkout", "qwen2_moe")
+    regex = [r"trainer.method_args.module_regex=model\.layers\.0"] if method == "RMU" else []  # its model has 8 layers
+    command = ["-m", "trace_unlearn.integrations.open_unlearning", "--checkout", checkout]
+    done = run(
+        *command, "--config-name=unlearn.yaml", f"trainer=Trace{method}", f"experiment=unlearn/{experiment}",
+        "task_name=tiny", "trainer.args.num_train_epochs=2", *ON_A_CPU, *regex, python=PYTHON,
     )  # fmt: skip
-    assert (tmp_path / "saved" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
+    saved = checkout / "saves" / "unlearn" / "tiny"
+    summaries = [
+        json.loads((saved / f"checkpoint-{step}" / "evals" / "TOFU_SUMMARY.json").read_text()) for step in (0, 1, 2)
+    ]
+    assert summaries[0].keys() == summaries[2].keys() >= {"forget_Q_A_Prob", "forget_Q_A_ROUGE", "model_utility"}
+    assert summaries[0]["forget_Q_A_Prob"] != summaries[2]["forget_Q_A_Prob"]
+    assert "layer  expert  forget f" in done.stdout
+    run(
+        *command, "--script", "eval", "--config-name=eval.yaml", "experiment=eval/tofu/default", "task_name=again",
+        f"model.model_args.pretrained_model_name_or_path={saved}", "model.model_args.device_map=cpu",
+        "model.model_args.attn_implementation=sdpa", python=PYTHON,
+    )  # fmt: skip
+    again = json.loads((checkout / "saves" / "eval" / "again" / "TOFU_SUMMARY.json").read_text())
+    assert again["forget_Q_A_Prob"] == pytest.approx(summaries[2]["forget_Q_A_Prob"], rel=1e-3)

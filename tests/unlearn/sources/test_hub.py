@@ -29,7 +29,7 @@ def snapshot(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     asked = []
-    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub.huggingface_hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(hub, "_ask", no_network)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))

@@ -1,9 +1,12 @@
-r"""Runs open-unlearning's `src/train.py` with TRACE's trainers.
+r"""Runs open-unlearning's `src/train.py` with TRACE's trainers, or its `src/eval.py`.
 
     python -m trace_unlearn.integrations.open_unlearning --checkout ../open-unlearning --config-name=unlearn.yaml \
         trainer=TraceNPO experiment=unlearn/tofu/default task_name=trace_npo
 
-Everything after the checkout is for Hydra, as for `python src/train.py`. Packages that open-unlearning imports whether
+    python -m trace_unlearn.integrations.open_unlearning --checkout ../open-unlearning --script eval \
+        --config-name=eval.yaml experiment=eval/tofu/default task_name=trace_npo_eval
+
+All else is for Hydra, as for `python src/train.py`. Packages that open-unlearning imports whether
 it needs them or not (deepspeed, lm_eval) may be absent.
 """
 
@@ -15,7 +18,6 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
-import inspect
 import os
 import runpy
 import sys
@@ -24,11 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from trace_unlearn.errors import UserError
 from trace_unlearn.integrations.open_unlearning import register
 from trace_unlearn.integrations.open_unlearning.fused import SHARDED
+from trace_unlearn.integrations.open_unlearning.versions import prepare_checkout
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -40,11 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkout", required=True, type=Path, help="a folder with open-unlearning")
+    parser.add_argument("--script", choices=("train", "eval"), default="train", help="which of its scripts to run")
     options, for_hydra = parser.parse_known_args(arguments)
     try:
         if any(name.startswith("trainer=Trace") for name in for_hydra) and _launched_sharded():
             raise UserError(SHARDED)
-        script = prepare(options.checkout)
+        script = prepare(options.checkout, options.script)
         sys.argv = [str(script), "--config-dir", str(CONFIGS), *for_hydra]
         runpy.run_path(str(script), run_name="__main__")
     except UserError as error:
@@ -58,22 +60,21 @@ def _launched_sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
 
 
-def prepare(checkout: Path) -> Path:
+def prepare(checkout: Path, name: str = "train") -> Path:
     """Makes the checkout importable, registers the trainers; returns the script to run. Goes to its folder."""
     checkout = checkout.resolve()
-    script = checkout / "src" / "train.py"
+    script = checkout / "src" / f"{name}.py"
     if not script.is_file():
-        raise UserError(f"--checkout: {checkout} holds no src/train.py, allowed is a folder with open-unlearning")
+        raise UserError(f"--checkout: {checkout} holds no src/{name}.py, allowed is a folder with open-unlearning")
     sys.path.insert(0, str(script.parent))
     os.chdir(checkout)  # its configuration names folders relative to it
     with _stand_ins():
         try:
             register()
             importlib.import_module("evals")
+            prepare_checkout()
         except ModuleNotFoundError as error:
             raise UserError(f"open-unlearning: its requirement {error.name} is not installed") from error
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        _speak_of_transformers_5()
     return script
 
 
@@ -106,33 +107,6 @@ _IMPORTED = {
 
 def _absent(self: object, package: str, *args: Any, **kwargs: Any) -> None:
     raise UserError(f"open-unlearning: this needs {package}, which is not installed")
-
-
-def _speak_of_transformers_5() -> None:
-    """What a checkout made for transformers 4 says otherwise: options that are gone, and what a chat template gives."""
-    trainer: Any = importlib.import_module("trainer")
-    model: Any = importlib.import_module("model")
-    known = inspect.signature(transformers.TrainingArguments.__init__).parameters
-
-    def training_arguments(**given: Any) -> transformers.TrainingArguments:
-        gone = sorted(given.keys() - known.keys())
-        if gone:
-            print(f"open-unlearning: transformers {transformers.__version__} has no {', '.join(gone)}: left out")
-        # YAML's null is spelt None in its configuration, and a string is no number of anything under DDP.
-        kept: dict[str, Any] = {
-            name: given[name] if given[name] != "None" else None for name in given.keys() & known.keys()
-        }
-        return transformers.TrainingArguments(**kept)
-
-    get_tokenizer = model.get_tokenizer
-
-    def lists_of_tokens(*args: Any, **kwargs: Any) -> Any:
-        tokenizer = get_tokenizer(*args, **kwargs)
-        tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
-        return tokenizer
-
-    trainer.TrainingArguments = training_arguments
-    model.get_tokenizer = lists_of_tokens
 
 
 if __name__ == "__main__":

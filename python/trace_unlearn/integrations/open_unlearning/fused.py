@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
-from trace_unlearn.integrations import fuse_loss, fused_loss_of
+from trace_unlearn.integrations.open_unlearning.hidden import fuse_loss, fused_loss_of
 
 SHARDED = (
     "open-unlearning: DeepSpeed and FSDP split the model, and TRACE reads the whole one before training; launch it "
@@ -29,9 +28,6 @@ class FusedTrainer:
     accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        takes = inspect.signature(_trainer_init(type(self))).parameters
-        if "tokenizer" in kwargs and "tokenizer" not in takes:  # transformers 5 named it anew
-            kwargs["processing_class"] = kwargs.pop("tokenizer")
         self._fused = fuse_loss(kwargs["model"])  # first: a reference model is a copy of it, and is fused, too
         super().__init__(*args, **kwargs)
         self.refuse_sharded()
@@ -44,6 +40,10 @@ class FusedTrainer:
 
     def ask(self, model: Any, inputs: Mapping[str, torch.Tensor], function: Callable[..., Any]) -> Any:
         """What `function` makes of the hidden states, as `FusedLoss.per_token` calls it."""
+        if "labels" not in inputs:
+            raise UserError(
+                "open-unlearning: a batch has no labels; allowed are data sets and collators that give them"
+            )
         given: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         if getattr(self.model.config, "output_router_logits", False):
             given["output_router_logits"] = False  # the auxiliary loss would be ascended, too
@@ -66,11 +66,13 @@ class FusedTrainer:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
 
-def _trainer_init(cls: type) -> Callable[..., Any]:
-    """Of transformers' Trainer, which open-unlearning's classes pass their keywords on to."""
-    trainer = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
-    found: Callable[..., Any] = inspect.unwrap(vars(trainer)["__init__"])
-    return found
+def labels_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "labels" not in batch:
+        raise UserError(
+            f"open-unlearning: a batch has no labels, only {', '.join(batch)}; allowed are data sets with "
+            "input_ids, attention_mask and labels"
+        )
+    return batch["labels"]
 
 
 def _pad_token_id(trainer: Any) -> int:
