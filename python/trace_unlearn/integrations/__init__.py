@@ -1,6 +1,7 @@
 """Our code inside other people's: `fuse_loss` and `fuse_routers` for transformers, a plugin for open-unlearning.
 
-Imports the rooms of the method, up to training. The names are imported when they are first used: the plugin also runs where transformers is too old for them.
+Imports the rooms of the method, up to training. The names are imported when they are first used: the plugin also runs
+where transformers is too old for them.
 """
 
 import importlib

@@ -71,7 +71,8 @@ def test_what_is_stated_stays(tmp_path):
 
 
 def test_tokenizers(tmp_path):
-    tokenizer = tiny.tokenizer(chat_template="{{ messages[0]['content'] }}", additional_special_tokens=["<x>"])
+    tokenizer = tiny.tokenizer(chat_template="{{ messages[0]['content'] }}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
     tokenizer.save_pretrained(tmp_path)
     write_for_both_versions(tmp_path)
     found = json.loads((tmp_path / "tokenizer_config.json").read_text())
