@@ -11,24 +11,32 @@ if TYPE_CHECKING:
     from trace_unlearn.calibration.selection import select_experts
     from trace_unlearn.calibration.weights import attach_weights
     from trace_unlearn.errors import UserError
+    from trace_unlearn.evaluation.measure import evaluate_model as evaluate
+    from trace_unlearn.evaluation.verdict import verdict
     from trace_unlearn.routing.profile import profile_routing
     from trace_unlearn.routing.recorder import RoutingRecorder
     from trace_unlearn.sources.data import collate, load_tokens, shifted_targets
     from trace_unlearn.training.config import TraceConfig
     from trace_unlearn.training.trainer import TraceTrainer
+    from trace_unlearn.verbs.attack import attack
+    from trace_unlearn.verbs.report import report
 
 _HOME = {
-    "RoutingRecorder": "routing.recorder",
-    "TraceConfig": "training.config",
-    "TraceTrainer": "training.trainer",
-    "UserError": "errors",
-    "attach_weights": "calibration.weights",
-    "calibrate": "calibration.calibrate",
-    "collate": "sources.data",
-    "load_tokens": "sources.data",
-    "profile_routing": "routing.profile",
-    "select_experts": "calibration.selection",
-    "shifted_targets": "sources.data",
+    "RoutingRecorder": "routing.recorder.RoutingRecorder",
+    "TraceConfig": "training.config.TraceConfig",
+    "TraceTrainer": "training.trainer.TraceTrainer",
+    "UserError": "errors.UserError",
+    "attach_weights": "calibration.weights.attach_weights",
+    "attack": "verbs.attack.attack",
+    "calibrate": "calibration.calibrate.calibrate",
+    "collate": "sources.data.collate",
+    "evaluate": "evaluation.measure.evaluate_model",
+    "load_tokens": "sources.data.load_tokens",
+    "profile_routing": "routing.profile.profile_routing",
+    "report": "verbs.report.report",
+    "select_experts": "calibration.selection.select_experts",
+    "shifted_targets": "sources.data.shifted_targets",
+    "verdict": "evaluation.verdict.verdict",
 }
 
 __all__ = [
@@ -37,16 +45,25 @@ __all__ = [
     "TraceTrainer",
     "UserError",
     "attach_weights",
+    "attack",
     "calibrate",
     "collate",
+    "evaluate",
     "load_tokens",
     "profile_routing",
+    "report",
     "select_experts",
     "shifted_targets",
+    "verdict",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        module, _, attribute = _HOME[name].rpartition(".")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

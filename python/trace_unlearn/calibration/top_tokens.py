@@ -64,5 +64,11 @@ def heaviest_of_profile(calibration: Calibration, meta: dict[str, Any], count: i
     if not isinstance(source, dict):
         raise UserError("show_tokens: the profile does not say where its data came from; make it with the verb profile")
     tokenizer = load_tokenizer(source["model"])
-    retain = load_tokens(source["retain"], tokenizer, max_length=source["max_length"], limit=source["retain_limit"])
+    retain = load_tokens(
+        source["retain"],
+        tokenizer,
+        max_length=source["max_length"],
+        limit=source["retain_limit"],
+        question_template=source.get("question_template"),
+    )
     return heaviest_tokens(calibration, retain, tokenizer, count)

@@ -25,7 +25,7 @@ def continuations(
 ) -> list[str]:
     """The texts that `model` continues each prompt's tokens with, greedily, whatever its checkpoint configures."""
     texts: list[str] = []
-    with tqdm(total=len(prompts), desc=label, unit=" rows", disable=not progress) as bar:
+    with tqdm(total=len(prompts), desc=label, unit=" rows", disable=None if progress else True) as bar:
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             texts += _batch(model, tokenizer, some, max_new_tokens)

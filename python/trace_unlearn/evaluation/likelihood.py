@@ -142,7 +142,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches in data order, padded on the right, on `device`."""
     columns = dataset.select_columns(["input_ids", "labels"])
-    with tqdm(total=len(dataset), desc=label, unit=" rows", disable=not progress) as bar:
+    with tqdm(total=len(dataset), desc=label, unit=" rows", disable=None if progress else True) as bar:
         for start in range(0, len(dataset), batch_size):
             some = columns[start : start + batch_size]
             pairs = zip(some["input_ids"], some["labels"], strict=True)

@@ -58,7 +58,10 @@ def row_scores(
         progress: whether to show it.
     """
     found: list[RowScores] = []
-    with predictions(model) as predict, tqdm(total=len(rows), desc=label, unit=" rows", disable=not progress) as bar:
+    with (
+        predictions(model) as predict,
+        tqdm(total=len(rows), desc=label, unit=" rows", disable=None if progress else True) as bar,
+    ):
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             batch = {name: value.to(input_device(model)) for name, value in collate(some, pad_token_id=0).items()}

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# What each measure is called, wherever it is shown: the words of its key in metrics.json.
+NAMES = {
+    "nll": "NLL",
+    "fact_accuracy": "fact accuracy",
+    "exact_memorization": "exact memorization",
+    "extraction_strength": "extraction strength",
+    "rouge_l_recall": "ROUGE-L recall",
+    "rouge_l_f1": "ROUGE-L F1",
+    "routing_shift.changed": "routing shift",
+}
 # What a reader compares first, and which way is better.
 SCORES = {
     "muse.verbmem": "MUSE VerbMem, 0 to 100 (low: forgotten)",

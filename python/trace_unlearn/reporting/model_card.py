@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from trace_unlearn import files
-from trace_unlearn.evaluation.scores import conditions, is_main, score_title
+from trace_unlearn.evaluation.scores import NAMES, conditions, is_main, score_title
 from trace_unlearn.training.card import UNMEASURED, short_name, training_card
 from trace_unlearn.values import flatten, markdown_table, scalars
 
-MEASURES = {
-    "exact_memorization": "tokens recited",
-    "fact_accuracy": "fact accuracy",
-    "rouge_l_f1": "ROUGE-L F1",
-    "nll": "NLL, nats a token",
-}
+MEASURES = ("fact_accuracy", "exact_memorization", "extraction_strength", "rouge_l_f1", "nll")
 
 
 def model_card(run_facts: Mapping[str, Any]) -> str:
@@ -33,7 +28,9 @@ def model_card(run_facts: Mapping[str, Any]) -> str:
     facts: dict[str, Any] = json.loads(files.to_json(run_facts))
     base = str((facts.get("options") or {}).get("model") or "unknown")
     measured = (_evaluation(facts.get("evaluation"), base), _attacks(facts.get("attacks")))
-    return training_card(facts, "\n".join(part for part in measured if part))
+    verdicts = (facts.get("evaluation") or {}).get("verdicts") or {}
+    sentence = list(verdicts.values())[-1]["sentence"] if verdicts else ""
+    return training_card(facts, "\n".join(part for part in measured if part), sentence)
 
 
 def write_evaluated(model: Path, run: Path) -> None:
@@ -54,9 +51,9 @@ def _evaluation(metrics: Mapping[str, Any] | None, base: str) -> str:
     *before, _ = checkpoints
     columns = ["base" if name == base else short_name(name) for name in before] + ["this model"]
     rows: list[list[Any]] = [
-        [f"{data}: {title}", *(found.get(data, {}).get(measure) for found in checkpoints.values())]
+        [f"{data}: {NAMES[measure]}", *(found.get(data, {}).get(measure) for found in checkpoints.values())]
         for data in dict.fromkeys(data for found in checkpoints.values() for data in found)
-        for measure, title in MEASURES.items()
+        for measure in MEASURES
     ]
     scores = [flatten(scalars(metrics.get("suites", {}).get(name, {}))) for name in checkpoints]
     main = [name for name in dict.fromkeys(name for found in scores for name in found) if is_main(name)]
@@ -69,9 +66,9 @@ def _attacks(attacks: Mapping[str, Any] | None) -> str:
     if not attacks or not attacks.get("models"):
         return ""
     found = next(iter(attacks["models"].values()))
+    shown = (("forget", "exact_memorization"), ("forget", "nll"), ("retain", "exact_memorization"))
+    columns = ["", *(f"{data}: {NAMES[measure]}" for data, measure in shown)]
     rows = []
     for label, measures in conditions(found).items():
-        forget, retain = measures["forget"], measures["retain"]
-        rows.append([label, forget["exact_memorization"], forget["nll"], retain["exact_memorization"]])
-    columns = ["", "forget: tokens recited", "forget: NLL, nats a token", "retain: tokens recited"]
+        rows.append([label, *(measures[data][measure] for data, measure in shown)])
     return "## Under attack\n\n" + markdown_table(columns, rows)

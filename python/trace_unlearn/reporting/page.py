@@ -38,8 +38,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 caption { text-align: left; color: var(--muted); padding-bottom: .4rem; }
 th, td { padding: .32rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; background: var(--soft); }
-thead th { white-space: normal; vertical-align: bottom; }
-tbody th { background: none; font-weight: 400; }
+thead th { white-space: normal; vertical-align: bottom; overflow-wrap: anywhere; }
+tbody th { background: white; font-weight: 400; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 table.text td, table.text th { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 figure { margin: 1rem 0 1.5rem; }
@@ -48,6 +48,15 @@ figcaption { color: var(--muted); font-size: .9rem; max-width: 46rem; margin-top
 details summary { cursor: pointer; color: var(--accent); margin: .6rem 0; }
 footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; border-top: 1px solid var(--line);
   padding-top: .8rem; }
+/* On a phone the names wrap, and stay in sight while a wide table scrolls: a number is always beside them. */
+@media (max-width: 40rem) {
+  main { padding: 1.25rem .9rem 3rem; }
+  h1 { font-size: 1.5rem; }
+  table { font-size: .82rem; }
+  th, td { padding: .28rem .45rem; }
+  thead th { min-width: 3.5rem; }
+  th:first-child { position: sticky; left: 0; max-width: 42vw; overflow-wrap: anywhere; }
+}
 @media print { h2 { break-after: avoid; } figure, table { break-inside: avoid; } }
 """
 

@@ -16,6 +16,7 @@ import torch
 
 from trace_unlearn import files
 from trace_unlearn.errors import UserError
+from trace_unlearn.evaluation.scores import NAMES
 from trace_unlearn.reporting import plots
 from trace_unlearn.reporting.page import Page
 from trace_unlearn.reporting.robustness import describe_attacks, describe_suites
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
     from trace_unlearn.calibration.calibrate import Calibration
     from trace_unlearn.routing.statistics import RoutingStatistics
 
-MAIN_MEASURES = {
-    "nll": "NLL (nats a token)",
-    "fact_accuracy": "fact accuracy",
-    "exact_memorization": "exact memorisation",
-    "extraction_strength": "extraction strength",
-    "rouge_l_f1": "ROUGE-L F1",
-    "routing_shift.changed": "share of expert choices changed",
-}
 LISTED_EXPERTS = 24  # rows of the experts' table that are shown unfolded
 _TOKENS = 1 << 13  # whose routes are read at a time
 
@@ -64,6 +57,7 @@ def report_run(folder: Path, show_tokens: int = 10) -> Page:
     model = stats.meta.get("model") if stats is not None else None
     page = Page("Unlearning report", f"{model or folder.name}, {datetime.date.today().isoformat()}")
     if metrics is not None:
+        describe_verdicts(page, metrics.get("verdicts") or {})
         describe_metrics(page, metrics["checkpoints"])
         describe_suites(page, metrics.get("suites", {}))
     if attacked is not None:
@@ -237,6 +231,14 @@ def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
+def describe_verdicts(page: Page, verdicts: Mapping[str, Mapping[str, str]]) -> None:
+    """Before all else, whether it is forgotten and the rest is kept: a sentence for each unlearned checkpoint."""
+    if not verdicts:
+        return
+    short = {name: f"{title}: " for name, title in short_names(list(verdicts)).items()} if len(verdicts) > 1 else {}
+    page.verdict([f"{short.get(name, '')}{found['sentence']}" for name, found in verdicts.items()])
+
+
 def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -> None:
     """The main measures, a column for each checkpoint, and all others in a folded table."""
     page.heading("Metrics")
@@ -245,7 +247,7 @@ def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -
     names = list(dict.fromkeys(key for values in columns.values() for key in values))
     if len(columns) == 2:
         _tiles(page, *columns.values())
-    main = [name for name in names if name.partition(".")[2] in MAIN_MEASURES]
+    main = [name for name in names if name.partition(".")[2] in NAMES]
     for caption, shown in (
         ("Main measures of each checkpoint", main),
         ("All other measures", [name for name in names if name not in main]),
@@ -257,9 +259,9 @@ def describe_metrics(page: Page, checkpoints: Mapping[str, Mapping[str, Any]]) -
 def _tiles(page: Page, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """What two checkpoints, one made from the other, are compared by first."""
     shown = [
-        (f"{data}: {title}", f"{show(before[name])} → {show(after[name])}")
+        (f"{data}: {NAMES[measure]}", f"{show(before[name])} → {show(after[name])}")
         for data in ("forget", "retain")
-        for measure, title in (("exact_memorization", "tokens recited"), ("nll", "NLL, nats a token"))
+        for measure in ("fact_accuracy", "exact_memorization", "nll")
         if (name := f"{data}.{measure}") in before and name in after
     ]
     page.tiles(shown)
@@ -267,7 +269,7 @@ def _tiles(page: Page, before: Mapping[str, Any], after: Mapping[str, Any]) -> N
 
 def _title(name: str) -> str:
     data, _, measure = name.partition(".")
-    return f"{data}: {MAIN_MEASURES.get(measure, measure)}"
+    return f"{data}: {NAMES.get(measure, measure)}"
 
 
 def describe_choices(page: Page, choices: Mapping[str, Any]) -> None:

@@ -7,19 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from trace_unlearn.evaluation.scores import SCORES, conditions, is_main, score_title
+from trace_unlearn.evaluation.scores import NAMES, SCORES, conditions, is_main, score_title
 from trace_unlearn.reporting import plots
 from trace_unlearn.reporting.page import Page
 from trace_unlearn.values import flatten, scalars, short_names
 
 MEASURES = {
-    "forget": {
-        "exact_memorization": "recited",
-        "extraction_strength": "extracted",
-        "fact_accuracy": "facts",
-        "nll": "NLL",
-    },
-    "retain": {"exact_memorization": "recited", "fact_accuracy": "facts", "nll": "NLL"},
+    "forget": ("exact_memorization", "extraction_strength", "fact_accuracy", "nll"),
+    "retain": ("exact_memorization", "fact_accuracy", "nll"),
 }
 
 
@@ -76,8 +71,8 @@ def describe_attacks(
     }
     page.figure(
         "attacks",
-        plots.dots(labels, known, x_label="share of the forget tokens that the model would recite", marks=marks),
-        alt="Dot plot of the share of forget tokens recited: "
+        plots.dots(labels, known, x_label=f"forget: {NAMES['exact_memorization']}", marks=marks),
+        alt=f"Dot plot of the {NAMES['exact_memorization']} of the forget set: "
         + "; ".join(
             f"{model}: "
             + ", ".join(
@@ -85,7 +80,7 @@ def describe_attacks(
             )
             for model, values in known.items()
         ),
-        caption="Tokens of the forget set that are the most likely ones after those before them, under each attack. "
+        caption="The share of the forget set's tokens that are the most likely ones after those before them. "
         "After relearning on a part of the forget set, those of the rows that were not shown."
         + (" Dashed: checkpoints that were not attacked." if marks else ""),
     )
@@ -95,12 +90,9 @@ def describe_attacks(
             [label, *(measures[data].get(name) for data, names in MEASURES.items() for name in names)]
             for label, measures in conditions(found).items()
         ]
-        columns = ["attack", *(f"{data}: {title}" for data, names in MEASURES.items() for title in names.values())]
+        columns = ["attack", *(f"{data}: {NAMES[name]}" for data, names in MEASURES.items() for name in names)]
         kept = [i for i in range(len(columns)) if i == 0 or any(row[i] is not None for row in rows)]
-        caption = (
-            f"{short[model]} under attack: tokens recited (exact memorisation), extraction strength, fact accuracy, "
-            "and NLL in nats a token"
-        )
+        caption = f"{short[model]} under attack"
         page.table(caption, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
     scores = {
         f"{short[model]}, {label}": flatten(scalars(measures["suites"]))
@@ -162,8 +154,8 @@ def _relearning(page: Page, curves: Mapping[str, Mapping[str, Any]]) -> None:
     rows = next(iter(curves.values()))["rows"]
     page.figure(
         "relearning",
-        plots.trade_off(panels, x_label="steps of relearning", y_label="share of tokens recited", share=True),
-        alt=f"Line plots of the share of tokens recited while relearning. {ends}.",
+        plots.trade_off(panels, x_label="steps of relearning", y_label=NAMES["exact_memorization"], share=True),
+        alt=f"Line plots of {NAMES['exact_memorization']} while relearning. {ends}.",
         caption=f"Relearning on {rows['shown']:,} rows. What rises in the middle was in the weights still, or follows "
         "from the shown rows.",
     )

@@ -222,7 +222,9 @@ class _Run:
         self.recorder.reset()
         with (
             self.recorder,
-            tqdm(total=sum(lengths), desc=f"profiling {name}", unit=" tokens", disable=not self.progress) as bar,
+            tqdm(
+                total=sum(lengths), desc=f"profiling {name}", unit=" tokens", disable=None if self.progress else True
+            ) as bar,
         ):
             for start in range(0, len(order), self.batch_size):
                 documents = order[start : start + self.batch_size]

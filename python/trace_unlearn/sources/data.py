@@ -6,7 +6,8 @@ A record has one of five forms; further fields are ignored; where several forms 
 |---|---|
 | ``{"messages": [{"role": ..., "content": ...}, ...]}`` | the assistant's turns, by the chat template |
 | ``{"prompt": ..., "completion": ...}`` | the completion and the end-of-sequence token |
-| ``{"question": ..., "answer": ...}`` | the answer and the end-of-sequence token; the prompt is ``question_template`` |
+| ``{"question": ..., "answer": ...}`` | the answer and the end-of-sequence token; the prompt is the chat template's, or
+``question_template`` where that is given or there is no chat template |
 | ``{"text": ...}`` | every token that another one precedes, and the end-of-sequence token |
 | a plain string | as ``text`` |
 
@@ -34,15 +35,14 @@ from tqdm import tqdm
 
 from trace_unlearn.checks import check_integers
 from trace_unlearn.errors import UserError
-from trace_unlearn.sources.encoding import IGNORE_INDEX, Encoder, Row
-from trace_unlearn.sources.records import read_records
+from trace_unlearn.sources.encoding import IGNORE_INDEX, PIECE, Encoder, Row
+from trace_unlearn.sources.records import Record, read_records
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -61,10 +61,10 @@ def load_tokens(
     max_length: int = 512,
     split: str = "train",
     limit: int | None = None,
-    question_template: str = QUESTION_TEMPLATE,
+    question_template: str | None = None,
     progress: bool = True,
 ) -> datasets.Dataset:
-    """Reads `source` and tokenises it.
+    r"""Reads `source` and tokenises it.
 
     Args:
         source: a .jsonl, .json, .txt or .parquet file, or a hub name ``owner/name[:config]``.
@@ -72,7 +72,9 @@ def load_tokens(
         max_length: the most tokens of a row, at least 2.
         split: of a hub data set.
         limit: stop after this many rows (windows count one each).
-        question_template: the prompt of question/answer records; the answer follows after one space.
+        question_template: the prompt of question/answer records, with {question} in it; the answer follows after one
+            space. By default they are chats of one turn where the tokenizer has a chat template, else
+            "Question: {question}\\nAnswer:".
         progress: whether to show a bar.
 
     Returns:
@@ -96,8 +98,7 @@ def load_tokens(
     {'input_ids': [1, 2, 3, 0], 'labels': [-100, -100, 3, 0], 'prompt': 'a b', 'answer': 'c'}
     """
     check_integers({"max_length": max_length, "limit": limit}, max_length=2, limit=1)
-    if "{question}" not in question_template:
-        raise UserError(f"question_template: got {question_template!r}; it must hold {{question}}")
+    check_template(question_template)
     encoder = Encoder(tokenizer, max_length, question_template)
     tables: list[pa.Table] = []
     notes: Counter[str] = Counter()
@@ -127,10 +128,54 @@ def _rows(
     source: str | os.PathLike[str], encoder: Encoder, split: str, notes: Counter[str], progress: bool
 ) -> Iterator[Row]:
     records = read_records(source, split=split)
-    with tqdm(desc=f"tokenising {os.path.basename(source)}", unit=" records", disable=not progress) as bar:
-        while batch := list(islice(records, BATCH)):
+    with tqdm(
+        desc=f"tokenising {os.path.basename(source)}", unit=" records", disable=None if progress else True
+    ) as bar:
+        for batch in _batches(records):
             yield from encoder.encode(batch, notes)
             bar.update(len(batch))
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """At most `BATCH` records each, and no more text than is tokenised at once, or one record."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        length = len(str(record.value))
+        if batch and (len(batch) == BATCH or size + length > PIECE):
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += length
+    if batch:
+        yield batch
+
+
+def check_template(question_template: str | None) -> None:
+    """UserError for a template that does not ask."""
+    if question_template is not None and "{question}" not in question_template:
+        raise UserError(f"question_template: got {question_template!r}; it must hold {{question}}")
+
+
+def asked(*sets: datasets.Dataset) -> str | None:
+    """The prompt of the first row that has one: how questions are asked."""
+    for rows in sets:
+        for prompt in rows["prompt"]:
+            if prompt:
+                return str(prompt)
+    return None
+
+
+def check_positions(config: PreTrainedConfig, **sets: datasets.Dataset) -> None:
+    """UserError where a row is longer than the positions that the model was made for."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name, rows in sets.items():
+        longest = max((len(ids) for ids in rows["input_ids"]), default=0)
+        if isinstance(most, int) and 0 < most < longest:
+            raise UserError(
+                f"max_length: {name} has rows of {longest} tokens and the model {most} positions; allowed is at most "
+                f"{most}"
+            )
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trace_unlearn.errors import UserError
@@ -18,6 +20,14 @@ FORMS = (
     '{"text"}, {"question", "answer"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]} or plain strings'
 )
 
+QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
+# What templates that print the date are told: by another date the same data would be other data tomorrow.
+DATE = datetime.datetime(2024, 7, 26)
+PIECE = 1 << 18  # characters that are tokenised at once
+OVERLAP = 2048  # characters before a piece that are encoded with it
+LONGEST_TOKEN = 256  # characters; longer ones are runs of white space
+
+ALSO = "records have more than one form: {read} is read, {other} is not"
 EMPTY = "empty records skipped"
 TRUNCATED = "records truncated on the right to max_length"
 NO_ROOM = "records skipped: their prompt alone fills max_length"
@@ -48,10 +58,12 @@ Messages = list[dict[str, Any]]
 class Encoder:
     """Encodes records with one tokenizer; what it skips or cuts it counts in `notes`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, question_template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, question_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.question_template = question_template
+        self.asks_by_chat = question_template is None and bool(tokenizer.chat_template)
+        self.chat_template = _dated(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+        self.question_template = question_template or QUESTION_TEMPLATE
         self.eos: int | None = tokenizer.eos_token_id
         self.prefix = self._tokens_before_a_text()
         if max_length <= len(self.prefix):
@@ -61,29 +73,33 @@ class Encoder:
 
     def encode(self, records: Sequence[Record], notes: Counter[str]) -> Iterator[Row]:
         """The rows of a batch of records, in order."""
-        parsed = [self._parse(record) for record in records]
+        parsed = [self._parse(record, notes) for record in records]
         texts: list[str] = []
         for item in parsed:
-            if isinstance(item, str):
+            if isinstance(item, str) and len(item) <= PIECE:
                 texts.append(item)
             elif isinstance(item, Pair):
-                texts += [item.prompt, item.prompt + item.completion]
+                most = PIECE + LONGEST_TOKEN * self.max_length  # what is beyond is cut off whatever it is
+                texts += [item.prompt[:most], (item.prompt + item.completion)[:most]]
         tokens = iter(self._tokenize(texts, records))
         for record, item in zip(records, parsed, strict=True):
             if isinstance(item, str):
-                yield from self._windows(next(tokens), notes)
+                yield from self._windows(next(tokens) if len(item) <= PIECE else self._by_pieces(item, record), notes)
             elif isinstance(item, Pair):
                 yield from self._answered(next(tokens), next(tokens), item, notes)
             else:
                 yield from self._chat(record, item, notes)
 
-    def _parse(self, record: Record) -> str | Pair | Messages:
+    def _parse(self, record: Record, notes: Counter[str]) -> str | Pair | Messages:
         value = record.value
         if isinstance(value, str):
             return _text(record, "", value)
         if not isinstance(value, dict):
             raise UserError(f"{record.where}: got {_kind(value)}; allowed are {FORMS}")
-        form = _form(value)
+        forms = _forms(value)
+        form = forms[0] if forms else None
+        for other in forms[1:]:
+            notes[ALSO.format(read=_words(forms[0]), other=_words(other))] += 1
         if form == ("messages",):
             return _messages(record)
         if form == ("prompt", "completion"):
@@ -92,30 +108,65 @@ class Encoder:
         if form == ("question", "answer"):
             answer = _text(record, "answer", value["answer"]).strip()
             question = _text(record, "question", value["question"]).strip()
+            if self.asks_by_chat and answer:
+                return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             return Pair(self.question_template.replace("{question}", question), f" {answer}", answer)
         if form == ("text",):
             return _text(record, "text", value["text"])
         fields = ", ".join(repr(field) for field in value) or "none"
         raise UserError(f"{record.where}: unknown fields: got {fields}; allowed are {FORMS}")
 
-    def _windows(self, tokens: list[int], notes: Counter[str]) -> Iterator[Row]:
-        if not tokens:
+    def _windows(self, tokens: Iterable[int], notes: Counter[str]) -> Iterator[Row]:
+        """The windows of a text, whose tokens are taken as they are needed."""
+        stream = iter(tokens)
+        head = list(itertools.islice(stream, max(len(self.prefix), 1)))
+        if not head:
             notes[EMPTY] += 1
             return
-        if self.prefix and tokens[: len(self.prefix)] == self.prefix:
-            tokens = tokens[len(self.prefix) :]
-        tokens = self._ended(tokens)
-        context, rest = (self.prefix, tokens) if self.prefix else (tokens[:1], tokens[1:])
+        rest = self._with_end(stream if head == self.prefix else itertools.chain(head, stream))
+        context = self.prefix or list(itertools.islice(rest, 1))
         stride = self.max_length - len(context)
-        chunks = [rest[i : i + stride] for i in range(0, len(rest), stride)]
-        if not chunks:
-            notes[EMPTY] += 1
-        if len(chunks) > 1 and chunks[-1] == [self.eos]:  # a window of its own would teach to end after nothing
-            chunks.pop()
-        for chunk in chunks:
+        chunks = iter(lambda: list(itertools.islice(rest, stride)), [])
+        number = 0
+        for number, (chunk, following) in enumerate(itertools.pairwise(itertools.chain(chunks, [None])), 1):
+            assert chunk is not None  # which comes last
+            if number > 1 and following is None and chunk == [self.eos]:
+                return  # a window of its own would teach to end after nothing
             yield Row(context + chunk, [IGNORE_INDEX] * len(context) + chunk, "", "")
             if not self.prefix:
                 context = chunk[-1:]
+        notes[EMPTY] += number == 0
+
+    def _with_end(self, tokens: Iterable[int]) -> Iterator[int]:
+        last = None
+        for last in tokens:
+            yield last
+        if self.eos is not None and last != self.eos:
+            yield self.eos
+
+    def _by_pieces(self, text: str, record: Record) -> Iterator[int]:
+        """The tokens of a long text, a piece at a time: all of them at once take a hundred times its size.
+
+        A piece begins before white space that follows a letter, and is encoded with some of the text before it, so that
+        its tokens are those of the whole text.
+        """
+        if not self.tokenizer.is_fast:  # which alone tells where a token stands
+            yield from self._tokenize([text], [record])[0]
+            return
+        start = 0
+        while start < len(text):
+            end = _seam(text, start + PIECE)
+            before = _seam(text, max(start - OVERLAP, 0)) if start else 0
+            try:
+                encoded = self.tokenizer(
+                    text[before:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
+            except Exception as error:  # whatever a foreign tokenizer raises
+                raise UserError(f"{record.where}: the tokenizer cannot encode this: {error}") from error
+            for token, (first, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                if before + first >= start:
+                    yield token
+            start = end
 
     def _answered(self, prompt: list[int], both: list[int], pair: Pair, notes: Counter[str]) -> Iterator[Row]:
         start = _common(prompt, both)
@@ -152,8 +203,7 @@ class Encoder:
 
     def _marked_by_template(self, record: Record, messages: Messages) -> tuple[list[int], list[bool]]:
         """The tokens and which of them the template's generation blocks mark; nothing without such blocks."""
-        template = self.tokenizer.chat_template
-        if not self.tokenizer.is_fast or not re.search(r"\{%-?\s*generation\b", str(template)):
+        if not self.tokenizer.is_fast or not re.search(r"\{%-?\s*generation\b", str(self.chat_template)):
             return [], []
         marked = self._apply(record, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(marked["input_ids"]), [bool(bit) for bit in marked["assistant_masks"]]
@@ -240,17 +290,45 @@ class Encoder:
 
     def _apply(self, record: Record, messages: Messages, **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
         except Exception as error:  # templates raise what they like
             raise UserError(f"{record.where}: the chat template refuses these messages: {error}") from error
 
 
-def _form(value: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The fields of the first form that the record has; columns that other rows of a table need are null in it."""
-    forms = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+def _dated(template: str) -> str:
+    """A chat template that takes every day for `DATE`; no function can be handed to it, so that its text is changed."""
+
+    def date(found: re.Match[str]) -> str:
+        return repr(DATE.strftime(found[2]))
+
+    template = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", date, template)
+    if "strftime_now(" not in template:
+        return template
+    return "{% macro strftime_now(format) %}" + DATE.strftime("%d %b %Y") + "{% endmacro %}" + template
+
+
+def _forms(value: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The fields of the forms that the record has, the first to be read; columns that other rows of a table need are
+    null in it.
+    """
+    forms: list[tuple[str, ...]] = [("messages",), ("prompt", "completion"), ("question", "answer"), ("text",)]
     found = [fields for fields in forms if all(field in value for field in fields)]
     filled = [fields for fields in found if all(value[field] is not None for field in fields)]
-    return next(iter(filled or found), None)
+    return filled or found[:1]
+
+
+def _words(form: tuple[str, ...]) -> str:
+    return " and ".join(map(repr, form))
+
+
+def _seam(text: str, near: int) -> int:
+    """The last position up to `near` where white space follows a letter or digit; `near` if there is none close by."""
+    if near >= len(text):
+        return len(text)
+    for position in range(near, max(near - OVERLAP, 0), -1):
+        if text[position].isspace() and text[position - 1].isalnum():
+            return position
+    return near
 
 
 def _messages(record: Record) -> Messages:

@@ -144,13 +144,15 @@ def load_tokenizer(
     """
     name = os.fspath(name_or_path)
     folder = _local_folder(name)
-    if folder is not None and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if folder is not None and not has_tokenizer(folder):
         raise UserError(f"{name}: no tokenizer there: none of {', '.join(TOKENIZER_FILES)} is in the folder")
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a foreign file, a network
         raise UserError(_unloaded(name, folder, "the tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        logger.warning("%s: the tokenizer has no end-of-sequence token: answers have no end to learn", name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     rows = None if model is None else _embedding_rows(model)
@@ -167,6 +169,11 @@ def load_tokenizer(
             rows,
         )
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _local_folder(name: str) -> Path | None:

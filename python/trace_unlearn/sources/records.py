@@ -15,6 +15,7 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 ALLOWED = (
     f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or the name of a data set on the hub, owner/name[:config]"
 )
+CONVERT = "in Python: pandas.{reader}(...).to_json('{name}.jsonl', orient='records', lines=True)"
 HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<config>[\w.,=-]+))?")
 
 
@@ -61,7 +62,10 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Record]]:
         raise UserError(f"{path}: no such file; give {ALLOWED}")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UserError(f"{path}: cannot read {suffix or 'a file without a suffix'}; give {ALLOWED}")
+        how = CONVERT.format(name=path.stem, reader="read_csv" if suffix in (".csv", ".tsv") else "read_excel")
+        tables = (".csv", ".tsv", ".xlsx", ".xls")
+        hint = f" ({how})" if suffix in tables else ""
+        raise UserError(f"{path}: cannot read {suffix or 'a file without a suffix'}; give {ALLOWED}{hint}")
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     return {".jsonl": _json_lines, ".json": _json, ".txt": _text, ".parquet": _parquet}[suffix]
@@ -90,7 +94,9 @@ def _json(path: Path) -> Iterator[Record]:
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise UserError(f"{path}: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and _ends_a_line(text, error.pos):
             yield from _json_lines(path)
@@ -151,6 +157,8 @@ def _whole_text(path: Path) -> str:
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
+    if line == 1 and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or _every_other_is_nul(raw[:64])):
+        raise UserError(f"{path}: UTF-16 text; save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`)")
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -160,11 +168,30 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
         raise UserError(f"{path}: line {number}, byte {column}: not UTF-8 text") from error
 
 
+def _every_other_is_nul(raw: bytes) -> bool:
+    return len(raw) >= 4 and (not any(raw[::2]) or not any(raw[1::2]))
+
+
 def _parse(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise UserError(f"{path}: line {number}: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise _malformed(error, path, number) from error
+
+
+class _TwiceError(Exception):
+    """A field of a JSON object is there twice: one of them would be lost without a word."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"the field {twice!r} is there twice in one object")
+    return found
 
 
 def _malformed(error: json.JSONDecodeError | RecursionError, path: Path, line: int) -> UserError:

@@ -12,6 +12,7 @@ from trace_unlearn.sources.records import HUB_NAME, SUFFIXES
 from trace_unlearn.training.objectives import OBJECTIVES
 from trace_unlearn.values import flatten, markdown_table
 
+UNJUDGED = "Whether this model has forgotten is not measured yet."
 UNMEASURED = "## Evaluation\n\nNone is recorded here. `trace-unlearn evaluate` measures this model.\n"
 RETAINING = {
     "nll": "the token-weighted mean negative log-likelihood of the retain tokens",
@@ -30,13 +31,14 @@ LIMITS = """\
 """
 
 
-def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED) -> str:
+def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED, verdict: str = "") -> str:
     """The card as Markdown with Hugging Face's front matter. It names data by file name and digest, and shows none.
 
     Args:
         run_facts: what trace.json records: `method`, `options`, `config`, `calibration`, `experts`, `steps`,
             `versions`, and the data's fingerprints. All of them may be absent.
         measured: the sections about what the model does.
+        verdict: a sentence that says whether it has forgotten; by default that nobody has measured it.
 
     >>> card = training_card({"options": {"model": "owner/moe", "method.objective": "npo"}, "steps": 60})
     >>> card.splitlines()[:3]
@@ -52,6 +54,7 @@ def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED) -> s
     parts = [
         _front_matter(base, options, tuned),
         f"# {short_name(base)}, {'fine-tuned' if tuned else 'unlearned'}\n",
+        "" if tuned else f"**{verdict or UNJUDGED}**\n",
         _opening(base, facts, tuned),
         _method(objective, config, facts),
         _checkpoint(facts.get("best"), config),
@@ -75,7 +78,7 @@ def _front_matter(base: str, options: Mapping[str, Any], tuned: bool) -> str:
 
 
 def _opening(base: str, facts: Mapping[str, Any], tuned: bool) -> str:
-    made = "was fine-tuned" if tuned else "was made to forget some of its training data"
+    made = "was fine-tuned" if tuned else "was trained to forget some of its training data"
     steps = f" in {facts['steps']:,} steps" if isinstance(facts.get("steps"), int) else ""
     version = (facts.get("versions") or {}).get("trace_kernels")
     tool = f"trace-unlearn {version}" if version else "trace-unlearn"

@@ -14,6 +14,7 @@ RETAIN_LOSSES = ("nll", "kl")
 # What is measured for each of these limits.
 _LIMITS = {
     "stop_forget_nll": ("forget",),
+    "stop_forget_increase": ("forget",),
     "stop_retain_nll": ("retain",),
     "stop_retain_increase": ("retain",),
     "best_forget_nll": ("forget", "retain"),
@@ -48,6 +49,7 @@ class TraceConfig:
         anchor_experts: the (decoder layer, expert) pairs of the anchor.
         stop_forget_nll: training stops once the forget documents' mean loss has risen to so many nats a token; None
             for never.
+        stop_forget_increase: likewise, but so many nats above the original model's.
         stop_retain_nll: likewise of held-out retain documents: too much was lost.
         stop_retain_increase: likewise, but so many nats above the original model's.
         stop_every: steps between two measures.
@@ -55,6 +57,9 @@ class TraceConfig:
         best_forget_nll: the result is not the last model but the best checkpoint: of those whose forget documents'
             mean loss is at least this, the one with the lowest loss of held-out retain documents; where none is, the
             one with the highest forget loss. None for the last.
+        pace: whether the learning rate is doubled where the forget loss rises too slowly to come to `stop_forget_nll`,
+            `stop_forget_increase` or `best_forget_nll` within the run's steps, and halved where it rises fast; decided
+            at every measure.
     """
 
     objective: str = "grad_diff"
@@ -71,11 +76,13 @@ class TraceConfig:
     anchor: float = 0.0
     anchor_experts: tuple[tuple[int, int], ...] = ()
     stop_forget_nll: float | None = None
+    stop_forget_increase: float | None = None
     stop_retain_nll: float | None = None
     stop_retain_increase: float | None = None
     stop_every: int = 10
     stop_documents: int = 64
     best_forget_nll: float | None = None
+    pace: bool = False
 
     def __post_init__(self) -> None:
         check_word("objective", self.objective, OBJECTIVES)
@@ -98,6 +105,8 @@ class TraceConfig:
                 f"best_forget_nll: got {best}, allowed is less than stop_forget_nll, {stop}, where training stops: "
                 "else there is nothing to choose from"
             )
+        if self.pace and not self.measures_forget:
+            raise UserError("pace: got true, but neither stop_forget_nll, stop_forget_increase nor best_forget_nll")
         if self.retain_loss == "kl" and (self.method.on_hidden_states or not self.method.uses_retain):
             raise UserError(f"retain_loss: got 'kl', but objective {self.objective!r} has no such retain loss")
         if self.anchor and (self.method.on_hidden_states or self.method.forget_loss is None):
@@ -128,13 +137,13 @@ class TraceConfig:
 
     @property
     def stops(self) -> bool:
-        """Whether training may stop early."""
-        return any(getattr(self, name) is not None for name in _LIMITS if name != "best_forget_nll")
+        """Whether the model is measured while it is trained: training may stop early, or its pace change."""
+        return self.pace or any(getattr(self, name) is not None for name in _LIMITS if name != "best_forget_nll")
 
     @property
     def measures_forget(self) -> bool:
         """Whether the forget documents' loss is measured."""
-        return self.stop_forget_nll is not None or self.best_forget_nll is not None
+        return any(getattr(self, name) is not None for name, measured in _LIMITS.items() if "forget" in measured)
 
     @property
     def holds_out(self) -> bool:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from trace_unlearn.errors import UserError
 from trace_unlearn.sources.data import loss_bearing
 from trace_unlearn.training.config import TraceConfig
+from trace_unlearn.training.pace import factor
 from trace_unlearn.training.reference import batches, in_eval
 
 FORGET, RETAIN = "stop_forget_nll", "stop_retain_nll"  # their names in the log
@@ -88,9 +89,23 @@ class EarlyStop:
             return False
         found, config = self._found[-1], self._config
         limits = [(FORGET, config.stop_forget_nll), (RETAIN, config.stop_retain_nll)]
+        if config.stop_forget_increase is not None:
+            limits.append((FORGET, self._found[0][FORGET] + config.stop_forget_increase))
         if config.stop_retain_increase is not None:
             limits.append((RETAIN, self._found[0][RETAIN] + config.stop_retain_increase))
         return any(not found[name] < limit for name, limit in limits if limit is not None)
+
+    def factor(self, steps: int) -> float:
+        """What the learning rate is multiplied by from now on, in a run of so many steps."""
+        if not self._config.pace or not self._found:
+            return 1.0
+        config, start = self._config, self._found[0][FORGET]
+        goals = [config.stop_forget_nll, config.best_forget_nll]
+        if config.stop_forget_increase is not None:
+            goals.append(start + config.stop_forget_increase)
+        at = [(int(found["step"]), found[FORGET]) for found in self._found]
+        due = [(step, nll) for step, nll in at if step % config.stop_every == 0]  # and not those of checkpoints
+        return factor(due, min(goal for goal in goals if goal is not None), steps)
 
     def check_original(self) -> None:
         """UserError where the original model, measured last, has come to a limit already."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from trace_unlearn.errors import UserError
+from trace_unlearn.files import read_json, write_json
+from trace_unlearn.sources.folder import copy_rest, shard_size
+from trace_unlearn.sources.model import has_tokenizer
 from trace_unlearn.training import checkpoints
+
+GENERATION = "generation_config.json"
 
 
 class WholeCheckpoints(Trainer):
@@ -50,14 +58,33 @@ class WholeCheckpoints(Trainer):
         gathered = self.accelerator.get_state_dict(self.model_wrapped)
         return {name: value for name, value in (gathered or {}).items() if name not in tied}
 
-    def save_whole(self, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-        """Writes model and tokenizer. Adapters are merged, unless the weights come as a gathered `state`."""
+    def save_whole(
+        self,
+        folder: Path,
+        state: dict[str, torch.Tensor] | None,
+        source: Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes model and tokenizer. Adapters are merged, unless the weights come as a gathered `state`.
+
+        `source`, the folder that the model came from, gives the tokenizer and all other files, and how large the files
+        of the weights are; `dtype` what the weights are converted to, in place.
+        """
         model: Any = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "merge_and_unload") and state is None:
             model = model.merge_and_unload()
         model.config.use_cache = self._use_cache
-        model.save_pretrained(folder, state_dict=state)
-        if self.processing_class is not None:
+        if dtype is not None:
+            state = _converted(model, state, dtype)
+        size = None if source is None else shard_size(source)
+        with _plain_generation(model) if source is not None else contextlib.nullcontext():
+            model.save_pretrained(folder, state_dict=state, **({} if size is None else {"max_shard_size": size}))
+        if source is not None:
+            (folder / GENERATION).unlink(missing_ok=True)
+            copy_rest(source, folder)
+        if dtype is not None:
+            _name_dtype(folder / "config.json", dtype)
+        if self.processing_class is not None and (source is None or not has_tokenizer(source)):
             self.processing_class.save_pretrained(folder)
 
     def check_finite(self) -> None:
@@ -97,7 +124,8 @@ class WholeCheckpoints(Trainer):
             return
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
         try:
-            super()._save(output_dir, state_dict)
+            with _plain_generation(model):
+                super()._save(output_dir, state_dict)
         finally:
             del model.__dict__["save_pretrained"]
 
@@ -108,3 +136,44 @@ class WholeCheckpoints(Trainer):
                 f"{self.args.output_dir}: the checkpoint is not one of this model: it lacks {len(missing)} parameters "
                 f"{missing[:3]} and has {len(load_result.unexpected_keys)} others {load_result.unexpected_keys[:3]}"
             )
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Saves no generation options: transformers refuses to save some that it loads, at the end of a run."""
+    before = getattr(model, "generation_config", None)
+    if before is not None:
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.generation_config = before
+
+
+def _converted(model: Any, state: dict[str, torch.Tensor] | None, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """Floating-point weights in `dtype`, of a model in place; but those that the family keeps in float32 stay so."""
+    kept = {name for part in model.modules() for name in getattr(part, "_keep_in_fp32_modules_strict", None) or ()}
+    if dtype == torch.float16:
+        kept |= {name for part in model.modules() for name in getattr(part, "_keep_in_fp32_modules", None) or ()}
+    exact = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept)) or r"$^")
+
+    def wanted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and not exact.search(name) else tensor
+
+    if state is not None:
+        return {name: wanted(name, tensor) for name, tensor in state.items()}
+    stored = model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored:
+            tensor.data = wanted(name, tensor.data)
+    return None
+
+
+def _name_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Makes config.json say what the weights are; a sharded model says what it was trained in."""
+    config = read_json(path)
+    for name in ("dtype", "torch_dtype"):
+        if name in config:
+            config[name] = str(dtype).removeprefix("torch.")
+    write_json(path, config)

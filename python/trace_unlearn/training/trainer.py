@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -177,6 +178,8 @@ class TraceTrainer(WholeCheckpoints):
         nothing = contextlib.nullcontext()
         with self._live or nothing, self._forward.routers or nothing:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if self.trace_config.pace:
+                self._measure()  # after the last step: whether it was enough
         if self.trace_config.best_forget_nll is not None:
             self._take_best()
         return output
@@ -190,14 +193,26 @@ class TraceTrainer(WholeCheckpoints):
             self._measure()
             self._early_stop.check_original()
 
+    def begin_step(self) -> None:
+        """Sets the learning rate of a paced run: what the schedule says, times what the measures ask for."""
+        if self.trace_config.pace and self.optimizer is not None and self.lr_scheduler is not None:
+            factor = self._early_stop.factor(self.state.max_steps)
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = factor * rate
+
     def end_step(self) -> None:
         """Stops where the configuration says so."""
+        self.log_at_checkpoints()
         step = self.state.global_step
         if self._early_stop.due(step):
             self._measure()
             if self._early_stop.reached(step):
                 self.control.should_training_stop = True
                 self.control.should_save |= self.trace_config.best_forget_nll is not None
+
+    def log_at_checkpoints(self) -> None:
+        """No log entry spans a checkpoint: a run that goes on from there logs what it would have logged."""
+        self.control.should_log |= self.control.should_save
 
     def _measure(self) -> None:
         """Logs what early stopping and the choice of a checkpoint go by, unless this step has been measured."""
@@ -344,6 +359,8 @@ class TraceTrainer(WholeCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
+            if "learning_rate" in logs:
+                logs["learning_rate"] *= self._early_stop.factor(self.state.max_steps)
             logs.update(self._log_window.close(self.accelerator))
             if not math.isfinite(logs["loss"]):
                 raise UserError(
@@ -360,17 +377,32 @@ class TraceTrainer(WholeCheckpoints):
                 self.state.best_global_step = self.state.global_step
         super()._save_checkpoint(model, trial)
 
-    def save_unlearned(self, output: PathLike, facts: Mapping[str, Any] | None = None) -> None:
+    def save_unlearned(
+        self,
+        output: PathLike,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        source: PathLike | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Writes the final checkpoint in one step: model, tokenizer, trace.json (config, `facts`, log) and model card.
 
         Adapters are merged into the model, so nothing can be trained afterwards; from a sharded model (FSDP,
         DeepSpeed) they are written as they are. Call it on all processes.
+
+        Args:
+            output: the folder to write; must not exist.
+            facts: what else goes into trace.json and the card.
+            source: the folder that the model was loaded from. Its other files come along: tokenizer, chat template,
+                generation options, code, licence; its card as README.base.md; and its weights' split into files.
+            dtype: what the weights are written in, such as the checkpoint's where a copy in float32 was trained. They
+                are converted in place.
         """
         self.check_finite()
         state = self.gathered_state()
         if self.args.should_save:
             with staged_folder(output) as folder:
-                self.save_whole(folder, state)
+                self.save_whole(folder, state, None if source is None else Path(source), dtype)
                 record = {**(facts or {}), "config": self.trace_config, "steps": self.state.global_step}
                 if self.trace_config.best_forget_nll is not None and self.state.best_global_step:
                     best = self._early_stop.choice(self.state.best_global_step)
@@ -392,8 +424,14 @@ class _Beginnings(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.end_step()
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.begin_step()
+
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin_epoch()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.log_at_checkpoints()
 
 
 def _stored_weight(batch: Mapping[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:

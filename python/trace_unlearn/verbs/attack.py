@@ -23,11 +23,12 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.attacks import avoiding, avoiding_chosen, quantize_, relearn
 from trace_unlearn.evaluation.attacks.standing import standing
 from trace_unlearn.evaluation.measure import measure_suites
-from trace_unlearn.evaluation.scores import conditions
+from trace_unlearn.evaluation.scores import NAMES, conditions
 from trace_unlearn.evaluation.suites import Suite, open_suites
-from trace_unlearn.sources.data import check_disjoint, fingerprint, load_tokens
+from trace_unlearn.sources.data import check_disjoint, check_positions, check_template, fingerprint, load_tokens
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
 from trace_unlearn.training.experts import chosen_experts
+from trace_unlearn.training.pace import rate_of_width
 from trace_unlearn.training.trainable import LoraOptions, add_lora
 from trace_unlearn.values import table_of
 from trace_unlearn.verbs.evaluate import suite_sources
@@ -77,12 +78,14 @@ class AttackOptions:
         relearn_rows: how many rows to train on; by default a tenth of them.
         relearn_steps: steps of training.
         relearn_every: steps between two measurements.
-        relearn_learning_rate: of AdamW.
+        relearn_learning_rate: of AdamW; by default 0.02 / hidden size (0.2 with relearn_lora_rank), as train begins: at
+            a rate too small for it a model looks robust.
         relearn_batch_size: rows a step.
         relearn_lora_rank: train adapters of this rank, for models whose weights are too large to train in float32.
         bits: of the quantised weights.
         group_size: weights that share a scale.
         max_length: the most tokens of a row.
+        question_template: the prompt of question/answer records, as in `profile`.
         split: of hub data.
         forget_limit: use only that many forget rows.
         retain_limit: use only that many retain rows.
@@ -104,12 +107,13 @@ class AttackOptions:
     relearn_rows: int | None = None
     relearn_steps: int = 50
     relearn_every: int = 10
-    relearn_learning_rate: float = 1e-5
+    relearn_learning_rate: float | None = None
     relearn_batch_size: int = 4
     relearn_lora_rank: int = 0
     bits: list[int] = dataclasses.field(default_factory=lambda: [8, 4])
     group_size: int = 128
     max_length: int = 512
+    question_template: str | None = None
     split: str = "train"
     forget_limit: int | None = None
     retain_limit: int | None = None
@@ -153,22 +157,42 @@ def main(options: AttackOptions, say: Callable[[str], None] = print) -> None:
     say(f"attack: wrote {target}")
 
 
+def attack(models: list[str] | str, forget: str, retain: str, output: str, **options: Any) -> dict[str, Any]:
+    """What comes back of the forgotten after relearning, quantising, and forcing other experts.
+
+    Each attack takes a fresh copy of a checkpoint, which is why checkpoints are named here, and not given as models.
+    Interrupted, the same call goes on.
+
+    Args:
+        models: the checkpoint to attack, or several: folders or hub names.
+        forget: the data that was to be forgotten, as a file or hub name.
+        retain: the data to keep, likewise.
+        output: the folder for attacks.json.
+        options: further fields of `AttackOptions`, such as attacks=["quantize"].
+
+    Returns:
+        What attacks.json holds: "models" with the results of each checkpoint, and "choices".
+
+    Raises:
+        UserError: a mistake in what is given.
+    """
+    known = {field.name for field in dataclasses.fields(AttackOptions)}
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"attack: {unknown[0]!r} is none of its options: {', '.join(sorted(known))}")
+    main(AttackOptions(models, forget, retain, output, **options), say=lambda message: None)
+    found: dict[str, Any] = files.read_json(Path(output) / "attacks.json")
+    return found
+
+
 def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The forget and retain measures under each attack as a table for people."""
-    rows: list[tuple[object, ...]] = [("checkpoint", "attack", "forget NLL", "recited", "facts", "retain NLL")]
+    shown = ("nll", "exact_memorization", "fact_accuracy")
+    heads = [f"{data}: {NAMES[key]}" for data in ("forget", "retain") for key in shown]
+    rows: list[tuple[object, ...]] = [("checkpoint", "attack", *heads)]
     for model, results in found.items():
         for condition, measures in conditions(results).items():
-            forget = measures["forget"]
-            rows.append(
-                (
-                    model,
-                    condition,
-                    forget["nll"],
-                    forget["exact_memorization"],
-                    forget.get("fact_accuracy"),
-                    measures["retain"]["nll"],
-                )
-            )
+            values = [measures[data].get(key) for data in ("forget", "retain") for key in shown]
+            rows.append((model, condition, *values))
     return table_of(rows)
 
 
@@ -193,6 +217,7 @@ def check(options: AttackOptions) -> list[str]:
         raise UserError("device_map: relearn trains on one device; give device, or leave relearn out of attacks")
     if options.device_map is None:
         check_placement(options.dtype, options.device)
+    check_template(options.question_template)
     open_suites(options.suites)
     return models
 
@@ -207,25 +232,23 @@ def _read(options: AttackOptions, models: list[str]) -> _Inputs:
             raise UserError(f"{name}: its tokenizer is not that of {models[0]}: their measures cannot be compared")
 
     def read(source: str, limit: int | None) -> datasets.Dataset:
-        return load_tokens(source, tokenizer, max_length=options.max_length, split=options.split, limit=limit)
+        return load_tokens(
+            source,
+            tokenizer,
+            max_length=options.max_length,
+            split=options.split,
+            limit=limit,
+            question_template=options.question_template,
+        )
 
     sets = {"forget": read(options.forget, options.forget_limit), "retain": read(options.retain, options.retain_limit)}
     check_disjoint(sets["forget"], sets["retain"])
+    for name in models:
+        check_positions(configs[name], **sets)
     relearned: dict[str, datasets.Dataset] = {}
     if "relearn" in options.attacks:
         source = sets["forget"] if options.relearn_on is None else read(options.relearn_on, None)
-        rows = options.relearn_rows or -(-len(source) // 10)
-        most = len(source) - (options.relearn_on is None)  # of the forget set something must be left to measure
-        if rows > most:
-            raise UserError(f"relearn_rows: got {rows}, allowed are at most {most}: the data has {len(source)} rows")
-        shuffled = source.shuffle(seed=options.seed)
-        relearned["shown"] = shuffled.select(range(rows))
-        shown = {tuple(ids) for ids in relearned["shown"]["input_ids"]}
-        others = shuffled.select(range(rows, len(source))) if options.relearn_on is None else sets["forget"]
-        # The same text may stand in the data twice, or in both files.
-        relearned["forget"] = others.select([i for i, ids in enumerate(others["input_ids"]) if tuple(ids) not in shown])
-        if not len(relearned["forget"]):
-            raise UserError("relearn_rows: nothing of the forget data is left that was not shown; show fewer")
+        relearned = _split(options, source, sets["forget"])
     critical: tuple[tuple[int, int], ...] = ()
     if reroutes and options.calibration is not None and len(Calibration.load(options.calibration).selected):
         critical = chosen_experts(["selected"], options.calibration, None)
@@ -233,6 +256,36 @@ def _read(options: AttackOptions, models: list[str]) -> _Inputs:
     for suite in suites.values():
         suite.read(tokenizer)
     return _Inputs(options, tokenizer, sets, relearned, critical, suites)
+
+
+def _split(options: AttackOptions, source: datasets.Dataset, forget: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """The rows to train on, of `source`, and those of `forget` to measure, which are not shown."""
+    rows = options.relearn_rows or -(-len(source) // 10)
+    most = len(source) - (options.relearn_on is None)  # of the forget set something must be left to measure
+    if rows > most:
+        raise UserError(f"relearn_rows: got {rows}, allowed are at most {most}: the data has {len(source)} rows")
+    shuffled = source.shuffle(seed=options.seed)
+    shown = shuffled.select(range(rows))
+    ids_shown = {tuple(ids) for ids in shown["input_ids"]}
+    others = shuffled.select(range(rows, len(source))) if options.relearn_on is None else forget
+    # The same text may stand in the data twice, or in both files.
+    left = others.select([i for i, ids in enumerate(others["input_ids"]) if tuple(ids) not in ids_shown])
+    if not len(left):
+        raise UserError("relearn_rows: nothing of the forget data is left that was not shown; show fewer")
+    return {"shown": shown, "forget": left}
+
+
+def check_data(options: AttackOptions, model: str) -> None:
+    """UserError where the data has too few rows to relearn; read with the tokenizer of `model`."""
+    if "relearn" not in options.attacks:
+        return
+    tokenizer = load_tokenizer(model)
+    given = {"max_length": options.max_length, "split": options.split, "question_template": options.question_template}
+    forget = load_tokens(options.forget, tokenizer, limit=options.forget_limit, progress=False, **given)  # type: ignore[arg-type]
+    source = forget
+    if options.relearn_on is not None:
+        source = load_tokens(options.relearn_on, tokenizer, progress=False, **given)  # type: ignore[arg-type]
+    _split(options, source, forget)
 
 
 def _facts(inputs: _Inputs, models: list[str]) -> dict[str, Any]:
@@ -312,6 +365,8 @@ def _relearn(name: str, inputs: _Inputs) -> dict[str, Any]:
     measure = functools.partial(
         standing, tokenizer=inputs.tokenizer, sets=sets, batch_size=options.batch_size, progress=False
     )
+    width = model.config.get_text_config().hidden_size
+    rate = options.relearn_learning_rate or rate_of_width(width, adapters=bool(options.relearn_lora_rank))
     curve = relearn(
         model,
         inputs.tokenizer,
@@ -319,13 +374,13 @@ def _relearn(name: str, inputs: _Inputs) -> dict[str, Any]:
         measure,
         steps=options.relearn_steps,
         every=options.relearn_every,
-        learning_rate=options.relearn_learning_rate,
+        learning_rate=rate,
         batch_size=options.relearn_batch_size,
         seed=options.seed,
         on_cpu=options.device == "cpu",
     )
     rows = {name: len(data) for name, data in inputs.relearned.items()}
-    found = {"curve": curve, "rows": rows}
+    found = {"curve": curve, "rows": rows, "learning_rate": rate}
     suites = measure_suites(inputs.suites, model, inputs.tokenizer, batch_size=options.batch_size)
     return found | ({"suites": suites} if suites else {})
 

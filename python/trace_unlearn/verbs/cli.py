@@ -138,7 +138,19 @@ def run_verb(name: str, words: Sequence[str]) -> None:
     else:
         values = parser.instantiate(namespace)
         options = options_class(**{field.name: values[field.name] for field in dataclasses.fields(options_class)})
+    if not sys.stderr.isatty():
+        _without_bars()
     module.main(at_home(options))
+
+
+def _without_bars() -> None:
+    """In a file, a progress bar is a line after the other; ours know that by themselves."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
 
 
 def build_parser(name: str, module: Any, options_class: type) -> ArgumentParser:
@@ -164,13 +176,43 @@ def build_parser(name: str, module: Any, options_class: type) -> ArgumentParser:
 def _parse(parser: ArgumentParser, words: Sequence[str], module: Any) -> Namespace:
     import jsonargparse
 
+    words = _with_lists(parser, _with_switches(parser, words))
+    for flag, following in itertools.pairwise([*words, ""]):
+        if flag == "--config" or flag.startswith("--config="):
+            _check_unique(flag.partition("=")[2] or following)
     try:
-        return parser.parse_args(_with_lists(parser, _with_switches(parser, words)))
+        return parser.parse_args(words)
     except UnicodeDecodeError as error:
         raise UserError(f"--config: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
     except (jsonargparse.ArgumentError, OSError) as error:
         message = _plain(str(getattr(error, "message", None) or error))
         raise UserError(f"{message}{_meant(message, parser, module)}\nSee {parser.prog} --help") from error
+
+
+def _check_unique(path: str) -> None:
+    """UserError where a YAML file has a key twice: the parser takes the last one without a word."""
+    import yaml
+
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # which the parser says better
+    nodes = [root] if root is not None else []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                    raise UserError(
+                        f"{path}: line {line}: {key.value!r} is there twice, first in line {lines[key.value]}"
+                    )
+                lines[key.value] = line
+                nodes.append(value)
 
 
 def _with_switches(parser: ArgumentParser, words: Sequence[str]) -> list[str]:

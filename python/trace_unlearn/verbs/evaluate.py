@@ -15,8 +15,10 @@ from trace_unlearn.checks import check_integers
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.answers import STOPS
 from trace_unlearn.evaluation.measure import check_names, evaluate_model, measure_suites, named_sets, routes_of
+from trace_unlearn.evaluation.scores import NAMES
 from trace_unlearn.evaluation.suites import open_suites
-from trace_unlearn.sources.data import check_disjoint, fingerprint, load_tokens
+from trace_unlearn.evaluation.verdict import verdicts
+from trace_unlearn.sources.data import asked, check_disjoint, check_positions, check_template, fingerprint, load_tokens
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
 from trace_unlearn.values import flatten, scalars, show, table_of
 from trace_unlearn.versions import versions
@@ -40,6 +42,7 @@ class EvaluateOptions:
         retrained: a checkpoint that was trained without the forget data: what PrivLeak and forget quality compare with.
         base: the model before unlearning; with it the routing shift is measured.
         max_length: the most tokens of a row.
+        question_template: the prompt of question/answer records, as in `profile`.
         split: of hub data.
         limit: use only the first rows of each data set; none uses all.
         forget_limit: of the forget data only that many, as in `profile`.
@@ -62,6 +65,7 @@ class EvaluateOptions:
     retrained: str | None = None
     base: str | None = None
     max_length: int = 512
+    question_template: str | None = None
     split: str = "train"
     limit: int | None = None
     forget_limit: int | None = None
@@ -97,6 +101,7 @@ def check(options: EvaluateOptions) -> list[str]:
     check_integers(options, batch_size=1, max_new_tokens=0, max_generations=1, routing_tokens=1)
     if options.device_map is None:
         check_placement(options.dtype, options.device)
+    check_template(options.question_template)
     open_suites(options.suites)
     check_names(options.others)
     if options.retrained is not None and not options.suites:
@@ -125,7 +130,14 @@ def main(options: EvaluateOptions) -> None:
 
     def read(source: str, limit: int | None = None) -> datasets.Dataset:
         least = min((bound for bound in (limit, options.limit) if bound is not None), default=None)
-        return load_tokens(source, tokenizer, max_length=options.max_length, split=options.split, limit=least)
+        return load_tokens(
+            source,
+            tokenizer,
+            max_length=options.max_length,
+            split=options.split,
+            limit=least,
+            question_template=options.question_template,
+        )
 
     def load(name: str) -> PreTrainedModel:
         return load_model(name, dtype=options.dtype, device=options.device, device_map=options.device_map)
@@ -134,6 +146,10 @@ def main(options: EvaluateOptions) -> None:
     others = {name: read(source) for name, source in options.others.items()}
     check_disjoint(forget, retain)
     sets = named_sets(forget, retain, others)
+    for name in models:
+        check_positions(configs[name], **sets)
+    if (prompt := asked(*sets.values())) is not None:
+        print(f"evaluate: questions are asked as {prompt!r}")
     suites = open_suites(options.suites)
     for suite in suites.values():
         suite.read(tokenizer)
@@ -166,13 +182,17 @@ def main(options: EvaluateOptions) -> None:
         del model  # before the next one is loaded
     choices = {
         "options": options,
+        "asked": prompt,
         "nll": "mean over loss-bearing tokens, nats, float32 log-probabilities",
         "fact_accuracy": "teacher-forced argmax of every answer token, without the end-of-sequence token",
         "rouge": {"metric": "rougeL", "stemmer": False, "decoding": "greedy", "cut_at": STOPS},
         "fingerprints": {name: fingerprint(data) for name, data in sets.items()},
         "versions": versions(),
     }
-    files.write_json(target, {"checkpoints": checkpoints, "suites": scores, "choices": choices})
+    judged = verdicts(checkpoints, options.base)
+    files.write_json(target, {"verdicts": judged, "checkpoints": checkpoints, "suites": scores, "choices": choices})
+    for name, found in judged.items():
+        print(f"{name}: {found.sentence}")
     print(summary(checkpoints))
     if suites:
         print(suites_summary(scores))
@@ -183,16 +203,15 @@ def summary(checkpoints: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The main measures as a table for people, one line for each checkpoint and data set.
 
     >>> print(summary({"model": {"forget": {"nll": 5.25, "tokens": 80, "rows": 4, "fact_accuracy": 0.0}}}))
-    checkpoint  data    NLL    facts  ROUGE-L  routing changed
-    model       forget  5.250  0.000  -        -
+    checkpoint  data    NLL    fact accuracy  exact memorization  ROUGE-L F1  routing shift
+    model       forget  5.250  0.000          –                   –           –
     """
-    rows = [("checkpoint", "data", "NLL", "facts", "ROUGE-L", "routing changed")]
+    shown = ("nll", "fact_accuracy", "exact_memorization", "rouge_l_f1", "routing_shift.changed")
+    rows: list[tuple[object, ...]] = [("checkpoint", "data", *(NAMES[key] for key in shown))]
     for model, measures in checkpoints.items():
         for name, found in measures.items():
-            values = [found.get(key) for key in ("nll", "fact_accuracy", "rouge_l_f1")]
-            values.append(found.get("routing_shift", {}).get("changed"))
-            shown = ["-" if value is None else f"{value:.3f}" for value in values]
-            rows.append((model, name, shown[0], shown[1], shown[2], shown[3]))
+            flat = flatten(scalars(found))
+            rows.append((model, name, *(flat.get(key) for key in shown)))
     return table_of(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ __all__ = ["RENAMED", "Plan", "PlanOptions", "check", "estimate", "known_names",
 SHARDINGS = ("none", "ddp", "fsdp2", "zero2", "zero3")
 #: Numbers that the optimiser keeps for every trained one.
 OPTIMIZERS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
+HALF = ("bfloat16", "float16")
 GB = 1e9
 
 
@@ -89,10 +91,16 @@ class Plan:
 def main(options: PlanOptions, say: Callable[[str], None] = print) -> None:
     """Runs the verb."""
     config = check(options)
+    memory, device = memory_of(options)
+    kept, options = options.train.dtype, trained_in(options, config, memory)
     plan = estimate(options, config)
-    memory, device = _memory(options)
     shared = "" if options.processes == 1 else f", each of {options.processes} processes ({options.sharding})"
     say(f"plan: {options.train.model}{shared}")
+    stored, dtype = _stored(config), options.train.dtype
+    if kept == "auto" and dtype not in ("auto", stored):
+        say(f"the weights are trained in {dtype}, and written in {stored} as they are stored")
+    elif dtype in HALF and not options.train.lora_rank:
+        say(f"the weights are trained in {dtype}: small updates are lost to rounding")
     for name, value in (
         ("weights", plan.weights),
         ("gradients", plan.gradients),
@@ -105,14 +113,49 @@ def main(options: PlanOptions, say: Callable[[str], None] = print) -> None:
         ("not needed here: a reference model", plan.reference_avoided),
         ("on disk: a checkpoint to resume from", plan.checkpoint),
     ):
-        say(f"  {name:<40}{value / GB:10.2f} GB")
+        say(f"  {name:<40}{size(value):>13}")
     if plan.total <= memory:
         say("it fits")
         return
     ways = [(name, estimate(changed, config).total) for name, changed in _changes(options).items()]
     say("it does not fit; alone each of these needs:")
     for name, total in sorted(ways, key=lambda way: way[1]):
-        say(f"  {name:<60}{total / GB:10.2f} GB{'  fits' if total <= memory else ''}")
+        say(f"  {name:<60}{size(total):>13}{'  fits' if total <= memory else ''}")
+    raise UserError(
+        f"memory: it does not fit: {size(plan.total)} are needed on a device, and there are {size(memory)} ({device})"
+    )
+
+
+def size(count: float) -> str:
+    """A number of bytes in the unit that shows it.
+
+    >>> size(23_400_000_000), size(12_345_678), size(1_500), size(0)
+    ('23.40 GB', '12.35 MB', '1.50 kB', '0 B')
+    """
+    for unit, name in ((GB, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} B"
+
+
+def _stored(config: PreTrainedConfig) -> str:
+    return str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def trained_in(options: PlanOptions, config: PreTrainedConfig, memory: float) -> PlanOptions:
+    """The options with the dtype that "auto" means: float32 where stored weights of half precision are trained and it
+    fits, else as they are stored. On a GPU, bfloat16 weights are then computed with in bfloat16.
+    """
+    train, stored = options.train, _stored(config)
+    if train.dtype != "auto" or stored not in (*HALF, "float32"):
+        return options
+    if stored in HALF and not train.lora_rank:
+        on_gpu = torch.cuda.is_available() and train.device != "cpu"
+        computed = train.arguments["bf16"] or (stored == "bfloat16" and on_gpu)
+        full = dataclasses.replace(train, dtype="float32", training={**train.training, "bf16": computed})
+        if estimate(planned := dataclasses.replace(options, train=full), config).total <= memory:
+            return planned
+    return dataclasses.replace(options, train=dataclasses.replace(train, dtype=stored))
 
 
 def check(options: PlanOptions) -> PreTrainedConfig:
@@ -134,6 +177,7 @@ def check(options: PlanOptions) -> PreTrainedConfig:
 def estimate(options: PlanOptions, config: PreTrainedConfig) -> Plan:
     """The plan, from a model without storage."""
     train = options.train
+    config = copy.deepcopy(config)  # in which the dtype is put down
     dtype: Any = getattr(torch, train.dtype) if train.dtype != "auto" else config.dtype or torch.float32
     with torch.device("meta"):  # which, unlike init_empty_weights, leaves tied weights tied
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
@@ -208,10 +252,11 @@ def _activations(text: Any, tokens: int, dtype: torch.dtype, train: TrainOptions
     return int(kept + tokens * width * 4)  # and the stash of the loss
 
 
-def _memory(options: PlanOptions) -> tuple[float, str]:
+def memory_of(options: PlanOptions, on_cpu: bool = False) -> tuple[float, str]:
+    """The bytes of a device's memory, and whose they are."""
     if options.memory is not None:
         return options.memory * GB, "given"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         return float(torch.cuda.mem_get_info()[1]), torch.cuda.get_device_name()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages / options.processes, "host memory, a process's share"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from trace_unlearn import files
 from trace_unlearn.checks import check_integers
 from trace_unlearn.routing.profile import profile_routing
-from trace_unlearn.sources.data import check_disjoint, load_tokens
+from trace_unlearn.sources.data import asked, check_disjoint, check_positions, check_template, load_tokens
+from trace_unlearn.sources.encoding import DATE
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
 
 MAKES = "profile"
@@ -17,7 +19,7 @@ PLACES = ("model", "forget", "retain", "output")
 
 @dataclass
 class ProfileOptions:
-    """Counts which experts of a model the forget and the retain data activate.
+    r"""Counts which experts of a model the forget and the retain data activate.
 
     Args:
         model: a checkpoint folder or hub name of a Mixture-of-Experts language model.
@@ -25,6 +27,8 @@ class ProfileOptions:
         retain: the data whose behaviour must stay.
         output: the folder to write; must not exist.
         max_length: the most tokens of a document; longer texts are cut into windows.
+        question_template: the prompt of question/answer records, with {question} in it; by default the tokenizer's chat
+            template, or "Question: {question}\\nAnswer:" where it has none.
         forget_limit: use only that many forget documents.
         retain_limit: use only that many retain documents.
         batch_size: documents a forward.
@@ -37,6 +41,7 @@ class ProfileOptions:
     retain: str
     output: str = "profile"
     max_length: int = 512
+    question_template: str | None = None
     forget_limit: int | None = None
     retain_limit: int | None = None
     batch_size: int = 8
@@ -48,6 +53,7 @@ def check(options: ProfileOptions) -> None:
     """UserError for what can be told from the options alone."""
     check_integers(options, batch_size=1)
     check_placement(options.dtype, options.device)
+    check_template(options.question_template)
 
 
 def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
@@ -55,12 +61,19 @@ def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
     check(options)
     files.refuse_existing(options.output)
     say(f"profile: {options.model} on {options.forget} (forget) and {options.retain} (retain) -> {options.output}")
-    tokenizer = load_tokenizer(options.model, check_inputs(options.model))
-    forget = load_tokens(options.forget, tokenizer, max_length=options.max_length, limit=options.forget_limit)
-    retain = load_tokens(options.retain, tokenizer, max_length=options.max_length, limit=options.retain_limit)
+    config = check_inputs(options.model)
+    tokenizer = load_tokenizer(options.model, config)
+    read = functools.partial(load_tokens, tokenizer=tokenizer, max_length=options.max_length)
+    read = functools.partial(read, question_template=options.question_template)
+    forget, retain = read(options.forget, limit=options.forget_limit), read(options.retain, limit=options.retain_limit)
+    check_positions(config, forget=forget, retain=retain)
+    if (prompt := asked(forget, retain)) is not None:
+        say(f"questions are asked as {prompt!r}")
     overlap = check_disjoint(forget, retain)  # before the model is loaded
     model = load_model(options.model, dtype=options.dtype, device=options.device)
-    source = {name: getattr(options, name) for name in ("model", "forget", "retain", "max_length", "retain_limit")}
+    names = ("model", "forget", "retain", "max_length", "retain_limit", "question_template")
+    source = {name: getattr(options, name) for name in names}
+    source |= {"asked": prompt, "date_string": DATE.strftime("%d %b %Y")}
     stats = profile_routing(
         model,
         forget,

@@ -31,6 +31,12 @@ class ReportOptions:
     show_tokens: int = 10
 
 
+def report(run: str | Path, output: str | Path | None = None, *, show_tokens: int = 10) -> Path:
+    """Writes report.html and its plots about a run folder; returns the page's path. See `ReportOptions`."""
+    main(ReportOptions(str(run), None if output is None else str(output), show_tokens), say=lambda message: None)
+    return Path(run if output is None else output) / "report.html"
+
+
 def main(options: ReportOptions, say: Callable[[str], None] = print) -> None:
     """Runs the verb."""
     folder = Path(options.run)

@@ -51,7 +51,7 @@ RECORD = "steps.json"
 
 @dataclass
 class RunOptions:
-    """Profiles, calibrates, unlearns, evaluates and reports: all verbs in turn, from one configuration file.
+    r"""Profiles, calibrates, unlearns, evaluates and reports: all verbs in turn, from one configuration file.
 
     A second call goes on where the first one stopped; what is finished is not done again. The sections profile,
     calibrate, train, evaluate and attack hold those verbs' own options.
@@ -62,6 +62,8 @@ class RunOptions:
         retain: the data whose behaviour must stay.
         output: the run folder.
         max_length: the most tokens of a document; longer texts are cut into windows.
+        question_template: the prompt of question/answer records, with {question} in it; by default the tokenizer's chat
+            template, or "Question: {question}\\nAnswer:" where it has none.
         forget_limit: use only that many forget documents.
         retain_limit: use only that many retain documents.
         dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
@@ -80,6 +82,7 @@ class RunOptions:
     retain: str
     output: str = "runs/trace"
     max_length: int = 512
+    question_template: str | None = None
     forget_limit: int | None = None
     retain_limit: int | None = None
     dtype: str = "auto"
@@ -124,6 +127,7 @@ def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
         step.check()
     if not output.is_dir():
         refuse_existing(output)
+    _check_data(options, steps)
     say(f"run: {', then '.join(step.verb for step in steps)} -> {output}")
     fresh = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
@@ -133,6 +137,17 @@ def main(options: RunOptions, say: Callable[[str], None] = print) -> None:
         if fresh:
             _remove_unused(output)
         raise
+
+
+def _check_data(options: RunOptions, steps: Sequence[Step]) -> None:
+    """UserError for what a late step would refuse in the data, which it reads with the tokenizer of the base model."""
+    for step in steps:
+        if not hasattr(step.module, "check_data"):
+            continue
+        try:
+            step.module.check_data(step.options, options.model)
+        except UserError as error:
+            raise UserError(f"{step.verb}: {error}") from error
 
 
 def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None]) -> None:
@@ -154,6 +169,8 @@ def _take_steps(output: Path, steps: Sequence[Step], say: Callable[[str], None])
             write_json(output / RECORD, record)
         # Last of all: what reads the model folder would take it for another one.
         write_evaluated(output / train.MAKES, output)
+        for found in (read_json(output / evaluate.MAKES).get("verdicts") or {}).values():
+            say(found["sentence"])
 
 
 def _remove_unused(output: Path) -> None:

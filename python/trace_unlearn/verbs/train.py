@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,27 +17,31 @@ from typing import Any
 import datasets
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from trace_unlearn import files
 from trace_unlearn.calibration.weights import Calibration, attach_weights
 from trace_unlearn.errors import UserError
-from trace_unlearn.sources.data import check_disjoint, check_held_out, fingerprint, load_tokens
+from trace_unlearn.sources.data import asked, check_disjoint, check_held_out, check_positions, fingerprint, load_tokens
+from trace_unlearn.sources.folder import folder_of
 from trace_unlearn.sources.model import check_inputs, load_model, load_tokenizer
 from trace_unlearn.training.checkpoints import last_complete
 from trace_unlearn.training.config import TraceConfig
+from trace_unlearn.training.early_stop import FORGET
 from trace_unlearn.training.experts import chosen_experts, train_experts
+from trace_unlearn.training.pace import LEAST_STEPS, rate_of_width
 from trace_unlearn.training.pairs import check_alternates
 from trace_unlearn.training.trainable import LoraOptions, add_lora, train_only
 from trace_unlearn.training.trainer import TRACE, TraceTrainer
 from trace_unlearn.verbs.lock import LOCK, alone
-from trace_unlearn.verbs.train_options import RENAMED, TrainOptions, check, known_names, training_arguments
+from trace_unlearn.verbs.train_options import RENAMED, TrainOptions, check, known_names, logs_of, training_arguments
 from trace_unlearn.versions import versions
 
 __all__ = ["MAKES", "PLACES", "RENAMED", "TrainOptions", "check", "known_names", "main", "sources"]
 
 logger = logging.getLogger(__name__)
 
+LOGS = "TENSORBOARD_LOGGING_DIR"  # which transformers reads
 RECORD = "run.json"  # in the folder of a run under way: what it depends on
 # What a resumed run may change: it does not touch the result (but save_steps does where a checkpoint is chosen).
 _FREE = ("output", "device", "training.logging_steps", "training.save_steps", "training.save_total_limit")
@@ -53,6 +58,9 @@ class _Inputs:
     sets: dict[str, datasets.Dataset]  # forget, retain, alternate, retain_eval: those that are used
     calibration: Calibration | None
     facts: dict[str, Any]  # what the run depends on
+    dtype: str  # of the weights while they are trained
+    stored: torch.dtype | None  # and as they are written
+    arguments: dict[str, Any]  # TrainingArguments that follow from the model and the data
 
 
 def sources(options: TrainOptions) -> dict[str, str]:
@@ -81,12 +89,33 @@ def main(options: TrainOptions, say: Callable[[str], None] = print) -> None:
     weights = config.weighting if config.routes_weigh else "uniform"
     say(f"train: {options.model} {' and '.join(does)} -> {output} ({config.objective}, {weights} weights)")
     inputs = _read(options, config)
-    arguments = training_arguments(options, work)
-    with _alone(work) if first else contextlib.nullcontext():
+    if (prompt := inputs.facts["asked"]) is not None:
+        say(f"questions are asked as {prompt!r}")
+    arguments = training_arguments(options, work, **inputs.arguments)
+    with _logging_to(logs_of(options)), _alone(work) if first else contextlib.nullcontext():
         _train(options, inputs, arguments, output, say)
         if first:
             shutil.rmtree(work, ignore_errors=True)
     say(f"written to {output}")
+
+
+def check_data(options: TrainOptions, model: str) -> None:
+    """UserError where the alternate documents are no pairs of the forget documents."""
+    if options.alternate is None or options.forget is None or not check(options).needs["alternate"]:
+        return
+    tokenizer = load_tokenizer(model)
+    sets = [
+        load_tokens(
+            source,
+            tokenizer,
+            max_length=options.max_length,
+            limit=options.forget_limit,
+            question_template=options.question_template,
+            progress=False,
+        )
+        for source in (options.forget, options.alternate)
+    ]
+    check_alternates(*sets)
 
 
 def _train(
@@ -100,7 +129,10 @@ def _train(
         if first:
             files.write_json(work / RECORD, inputs.facts)
         trainer.train(resume_from_checkpoint=True)
-        trainer.save_unlearned(output, {**inputs.facts, "versions": versions()})
+        source = folder_of(options.model) if first else None
+        facts = {**inputs.facts, "versions": versions()}
+        trainer.save_unlearned(output, facts, source=source, dtype=inputs.stored)
+        say(_outcome(trainer))
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory: use a smaller training.per_device_train_batch_size with more "
@@ -149,6 +181,19 @@ def _alone(work: Path) -> Iterator[None]:
             shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _logging_to(folder: str | None) -> Iterator[None]:
+    """Makes TensorBoard write there, unless the environment names another folder."""
+    if folder is None or LOGS in os.environ:
+        yield
+        return
+    os.environ[LOGS] = folder
+    try:
+        yield
+    finally:
+        del os.environ[LOGS]
+
+
 def _silent(message: str) -> None:
     pass
 
@@ -164,10 +209,17 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
     limits["retain_eval"] = config.stop_documents
     needs = {**config.needs, "retain_eval": options.retain_eval is not None}
     sets = {
-        name: load_tokens(getattr(options, name), tokenizer, max_length=options.max_length, limit=limits[name])
+        name: load_tokens(
+            getattr(options, name),
+            tokenizer,
+            max_length=options.max_length,
+            limit=limits[name],
+            question_template=options.question_template,
+        )
         for name, needed in needs.items()
         if needed
     }
+    check_positions(model_config, **sets)
     if "forget" in sets and "retain" in sets:
         check_disjoint(sets["forget"], sets["retain"])
     if "retain_eval" in sets:
@@ -183,12 +235,67 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
         "options": _recorded(options),
         "model_digest": files.digest_of(options.model, "model"),
         **prints,
+        "asked": asked(*sets.values()),
         "experts": [list(pair) for pair in config.anchor_experts],
         "calibration": None
         if calibration is None
         else {"sha256": digest, "rule": calibration.rule, "ess": calibration.ess, **calibration.choices},
     }
-    return _Inputs(config, tokenizer, sets, calibration, facts)
+    planned, stored = _precision(options, model_config)
+    found = {"bf16": planned.arguments["bf16"], **_pace(options, config, model_config, sets)}
+    facts |= {"trained_in": planned.dtype, **{name: found[name] for name in ("learning_rate", "bf16")}}
+    return _Inputs(config, tokenizer, sets, calibration, facts, planned.dtype, stored, found)
+
+
+def _precision(options: TrainOptions, model_config: PreTrainedConfig) -> tuple[TrainOptions, torch.dtype | None]:
+    """The options with the dtype that weights are trained in, and the dtype to write; None as they come."""
+    from trace_unlearn.verbs.plan import HALF, PlanOptions, memory_of, trained_in  # which reads what `run` reads
+
+    stored: Any = model_config.dtype
+    if stored is None or getattr(model_config, "quantization_config", None) is not None:
+        return options, None
+    plan = PlanOptions(options)
+    planned = trained_in(plan, model_config, memory_of(plan, on_cpu=options.device == "cpu")[0]).train
+    return planned, getattr(torch, planned.dtype) if planned.dtype in HALF else stored
+
+
+def _pace(
+    options: TrainOptions,
+    config: TraceConfig,
+    model_config: PreTrainedConfig,
+    sets: Mapping[str, datasets.Dataset],
+) -> dict[str, Any]:
+    """The learning rate to begin with, and the steps of a run that finds its own pace."""
+    given = options.arguments
+    if given["learning_rate"] is not None:
+        return {"learning_rate": given["learning_rate"]}
+    width = model_config.get_text_config().hidden_size
+    found: dict[str, Any] = {"learning_rate": rate_of_width(width, adapters=bool(options.lora_rank))}
+    if config.pace and given["max_steps"] == -1:
+        step = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+        step *= int(os.environ.get("WORLD_SIZE", "1"))
+        if math.ceil(given["num_train_epochs"] * math.ceil(len(sets["forget"]) / step)) < LEAST_STEPS:
+            found["max_steps"] = LEAST_STEPS
+    return found
+
+
+def _outcome(trainer: TraceTrainer) -> str:
+    """What training itself saw of the forgetting."""
+    log = trainer.state.log_history
+    if trainer.trace_config.method.forget_loss is None:
+        return f"{trainer.state.global_step} steps"
+    measured = [entry[FORGET] for entry in log if FORGET in entry]
+    steps = f"after {trainer.state.global_step} of {trainer.state.max_steps} steps"
+    if len(measured) < 2:
+        return f"{steps}; whether it has forgotten, `trace-unlearn evaluate` tells"
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    told = f"NLL of forget documents {measured[0]:.3f} -> {measured[-1]:.3f} {steps}"
+    if rates:
+        told += f", learning rate up to {max(rates):.2g}"
+    goal = trainer.trace_config.stop_forget_increase
+    if goal is not None and not measured[-1] >= measured[0] + goal:
+        told = f"NOT ENOUGH FORGOTTEN: {told}; it should rise by {goal}: give more steps, or a learning_rate"
+    return told
 
 
 def _recorded(options: TrainOptions) -> dict[str, Any]:
@@ -255,7 +362,7 @@ def _trainer(
     options: TrainOptions, inputs: _Inputs, arguments: TrainingArguments, say: Callable[[str], None]
 ) -> TraceTrainer:
     device = "cpu" if arguments.world_size > 1 or arguments.device.type == "cpu" else None
-    model: Any = load_model(options.model, dtype=options.dtype, device=device)
+    model: Any = load_model(options.model, dtype=inputs.dtype, device=device)
     if options.lora_rank:
         torch.manual_seed(options.arguments["seed"])
         modules, parameters = tuple(options.lora_modules), tuple(options.lora_parameters)
@@ -266,11 +373,14 @@ def _trainer(
     rows = train_experts(model, experts) if experts else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count, total = rows or sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
-    say(f"{count:,} of {total:,} parameters are trained, on {arguments.device}")
+    kinds = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained}))
+    written = "" if inputs.stored is None else f", and written in {str(inputs.stored).removeprefix('torch.')}"
+    computed = ", computed in bfloat16" if arguments.bf16 else ""
+    say(f"{count:,} of {total:,} parameters are trained in {kinds}{computed}{written}, on {arguments.device}")
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
         logger.warning(
-            "the trained weights are in half precision, where small updates are lost to rounding; dtype float32 with "
-            "training.bf16 keeps them"
+            "the trained weights are in half precision, where small updates are lost to rounding: where there is too "
+            "little memory for float32 (`trace-unlearn plan` says how much it needs), lora_rank trains in float32"
         )
     step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if "forget" in inputs.sets and step > (there := len(inputs.sets["forget"])):

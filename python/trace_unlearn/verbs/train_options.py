@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from trace_unlearn.checks import check_integers, check_numbers, check_word, meant
 from trace_unlearn.errors import UserError
+from trace_unlearn.sources.data import check_template
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.experts import check_words
+from trace_unlearn.training.pace import INCREASE
 from trace_unlearn.training.trainable import check_patterns
 
 #: Where `training` differs from the defaults of transformers.TrainingArguments, and the fields that most runs set.
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-5,
+    "learning_rate": None,  # the run finds its own
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
     "max_steps": -1,
@@ -49,12 +52,17 @@ RENAMED = {
     "optimizer": "training.optim",
 }
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)} | {"gradient_checkpointing"}
+INITIAL_RATE = 1e-5  # until the width of the model is known
+_PUBLISH = "it would publish a run under way; `hf upload OWNER/NAME OUTPUT` publishes the finished folder"
 _REFUSED = {
     "output_dir": "the run works in OUTPUT.training",
     "use_cpu": "`device` says it",
+    **{
+        f"hub_{name}": _PUBLISH for name in ("model_id", "strategy", "token", "private_repo", "always_push", "revision")
+    },
     "remove_unused_columns": "the trainer sets it",
     "label_names": "the trainer sets it",
-    "push_to_hub": "a result is pushed when it is whole",
+    "push_to_hub": _PUBLISH,
     "load_best_model_at_end": "best_forget_nll chooses the checkpoint",
     "save_only_model": "an interrupted run could not go on from such checkpoints as if nothing had happened",
     "eval_strategy": "nothing is evaluated while training: stop_forget_nll and best_forget_nll measure then, and "
@@ -84,6 +92,7 @@ class TrainOptions:
         profile: the folder that `profile` wrote; needed for experts "topM".
         output: the checkpoint folder to write; must not exist. Until then the run works in OUTPUT.training.
         max_length: the most tokens of a document; as in `profile`.
+        question_template: the prompt of question/answer records, as in `profile`.
         forget_limit: use only that many forget documents; as in `profile`.
         retain_limit: use only that many retain documents; as in `profile`.
         method: what is done to the model: the fields of `TraceConfig`.
@@ -97,11 +106,16 @@ class TrainOptions:
         lora_alpha: the adapters' scale is lora_alpha / lora_rank.
         lora_modules: ends of the names of the linear layers that get an adapter.
         lora_parameters: ends of the names of stacked expert weights that get one, such as "mlp.experts.down_proj".
-        dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16"; with
-            training.bf16 and float32 no small update is lost to rounding.
+        dtype: of the weights while they are trained: "auto" (float32 where there is memory for it, which loses no small
+            update to rounding, and training.bf16 on a GPU if they are stored so; otherwise as the checkpoint),
+            "float32", "bfloat16" or "float16". The written checkpoint has the dtype of the one that was read, unless
+            another half precision is given here.
         device: "cpu", or "cuda" (choose one with CUDA_VISIBLE_DEVICES); by default a GPU where there is one.
         training: fields of transformers.TrainingArguments, such as training.max_steps. Batches count forget
-            documents, and an epoch is a pass over the forget set.
+            documents, and an epoch is a pass over the forget set. Without a learning_rate the run finds its own: it
+            begins at 0.02 / hidden size (0.2 with lora_rank), doubles or halves the rate at every measure so that the
+            forget loss rises in time, and stops when that has risen by method.stop_forget_increase (then 1.5); it has
+            150 steps at least.
     """
 
     model: str
@@ -113,6 +127,7 @@ class TrainOptions:
     profile: str | None = None
     output: str = "model"
     max_length: int = 512
+    question_template: str | None = None
     forget_limit: int | None = None
     retain_limit: int | None = None
     method: TraceConfig = dataclasses.field(default_factory=TraceConfig)
@@ -144,7 +159,7 @@ def known_names() -> list[str]:
 
 def check(options: TrainOptions) -> TraceConfig:
     """The method's knobs; UserError for what can be told from the options alone. Which experts is not known yet."""
-    config = options.method
+    config = _paced(options)
     check_words(options.experts, options.calibration, options.profile)
     if config.anchor_experts:
         raise UserError("method.anchor_experts: got some; give them as experts, which are trained and anchored to")
@@ -167,9 +182,21 @@ def check(options: TrainOptions) -> TraceConfig:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: got 'cuda', but torch sees no GPU here")
     check_adapted(options)
+    check_template(options.question_template)
     check_numbers(options, "lora_alpha", above_0=True)
     _check_training(options)
     return config
+
+
+def _paced(options: TrainOptions) -> TraceConfig:
+    """The method's knobs; without a learning rate those of a run that finds its own."""
+    config = options.method
+    method = config.method
+    if options.arguments["learning_rate"] is not None or method.forget_loss is None or method.on_hidden_states:
+        return config
+    if config.measures_forget:
+        return dataclasses.replace(config, pace=True)
+    return dataclasses.replace(config, pace=True, stop_forget_increase=INCREASE)
 
 
 def check_adapted(options: TrainOptions) -> None:
@@ -212,20 +239,54 @@ def _check_training(options: TrainOptions) -> None:
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name not in known:
             raise UserError(f"training: report_to: got {name!r}, allowed is what is installed: {', '.join(known)}")
+    training_arguments(options, Path(f"{options.output}.training"))
 
 
-def training_arguments(options: TrainOptions, work: Path) -> TrainingArguments:
-    """What `options` mean to transformers; UserError for what it refuses."""
+def logs_of(options: TrainOptions) -> str | None:
+    """Where TensorBoard's files go if it is asked for: beside the output, since the folder of a run under way goes."""
+    given = options.arguments["report_to"] or "none"
+    if {"tensorboard", "all"} & {*([given] if isinstance(given, str) else given)}:
+        return f"{Path(options.output)}.logs"
+    return None
+
+
+def training_arguments(options: TrainOptions, work: Path, **found: Any) -> TrainingArguments:
+    """What `options` mean to transformers, with what was found out about the model; UserError for what it refuses."""
     given = {
+        "disable_tqdm": not sys.stderr.isatty(),  # a bar that is written into a file is a line each time
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),  # without one it does nothing but warn
         **options.arguments,
+        **found,
     }
+    if given["learning_rate"] is None:
+        given["learning_rate"] = INITIAL_RATE
     if given["lr_scheduler_type"] == "constant" and given["warmup_steps"]:
         given["lr_scheduler_type"] = "constant_with_warmup"  # "constant" itself knows no warm-up
     if "activation_checkpointing" in ARGUMENTS:  # its newer name
         given.setdefault("activation_checkpointing", given.pop("gradient_checkpointing"))
     try:
-        return TrainingArguments(output_dir=str(work), use_cpu=options.device == "cpu", **given)
-    except (ValueError, TypeError, ImportError) as error:
+        on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+        arguments = TrainingArguments(output_dir=str(work), use_cpu=on_cpu, **given)
+        _try_optimizer(arguments)
+        return arguments
+    except (ValueError, TypeError, ImportError, KeyError, AssertionError) as error:
         raise UserError(f"training: {error}") from error
+
+
+def _try_optimizer(arguments: TrainingArguments) -> None:
+    """Makes optimiser and schedule for one number: whatever they refuse, they refuse before a model is loaded."""
+    if arguments.deepspeed or arguments.optim_target_modules:  # which have optimisers of their own, or need the model
+        return
+    number = torch.nn.Linear(1, 1)
+    kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if "layer_wise" in str(arguments.optim) or "optimizer_dict" in given:
+        return
+    optimizer, special = kind(number.parameters(), **given), arguments.lr_scheduler_kwargs
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(max(arguments.max_steps, 1)),
+        num_training_steps=max(arguments.max_steps, 1),
+        scheduler_specific_kwargs=special if isinstance(special, dict) else {},
+    )

@@ -98,7 +98,7 @@ def test_the_evaluation_is_put_in_once_it_is_there(tmp_path):
     write_evaluated(tmp_path / "model", tmp_path)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "|  | base | this model |" in card
-    assert "| forget: tokens recited | 0.900 | 0.125 |" in card
+    assert "| forget: exact memorization | 0.900 | 0.125 |" in card
     assert "| MUSE VerbMem, 0 to 100 (low: forgotten) | – | 7.500 |" in card
     assert "min_k_auc" not in card
     written = (tmp_path / "model" / "README.md").stat().st_mtime_ns

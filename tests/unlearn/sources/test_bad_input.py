@@ -59,14 +59,18 @@ def configuration(data, checkpoint, text):
 @pytest.mark.parametrize(
     "section, words",
     [
-        ("train: {learning_rate: .nan}", "train: learning_rate: got nan"),
-        ("train: {objective: ascent}", "train: objective: got 'ascent'"),
-        ("train: {seed: -1}", "train: seed: got -1"),
+        ("train: {training: {learning_rate: .nan}}", "train: training.learning_rate: got nan"),
+        ("train: {method: {objective: ascent}}", "objective: got 'ascent'"),
+        ("train: {training: {seed: -1}}", "train: training.seed: got -1"),
         ("calibrate: {rule: magic}", "calibrate: rule: got 'magic'"),
         ("calibrate: {max_weight: .inf}", "calibrate: max_weight: got inf"),
         ("calibrate: {experts_per_layer: 0}", "calibrate: experts_per_layer: got 0"),
         ("evaluate: {batch_size: 0}", "evaluate: batch_size: got 0"),
         ("profile: {batch_size: 0}", "profile: batch_size: got 0"),
+        ("attacks: [relearn]\nattack: {relearn_rows: 8}", "attack: relearn_rows: got 8, allowed are at most 7"),
+        ("train: {training: {adam_beta1: 2}}", "train: training: "),
+        ("train: {training: {push_to_hub: true}}", "'push_to_hub' is not allowed: it would publish"),
+        ("question_template: who", "profile: question_template: got 'who'; it must hold"),
         ("dtype: int8", "profile: dtype: got 'int8'"),
         ("train: 3", "train: got 3"),
         ("train: [steps]", "train: got ['steps']"),
@@ -86,6 +90,14 @@ def test_a_run_that_could_not_begin_leaves_no_folder(data, checkpoint, no_model,
     config = configuration(data, checkpoint, "")
     (data / "forget.jsonl").write_text('{"text": "w1"}\n{"text"\n')
     assert "forget.jsonl: line 2" in refused(capsys, "run", config)
+    assert not (data / "run").exists()
+
+
+def test_a_run_refuses_alternates_of_another_length_before_the_first_step(data, checkpoint, no_model, capsys):
+    (data / "alternate.jsonl").write_text('{"text": "the capital of w1 is w2 ."}\n')
+    section = f"train: {{method: {{objective: dpo}}, alternate: {data / 'alternate.jsonl'}}}"
+    message = refused(capsys, "run", configuration(data, checkpoint, section))
+    assert "train: alternate: got 1 documents, allowed is one for each of the 8" in message
     assert not (data / "run").exists()
 
 

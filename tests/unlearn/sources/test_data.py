@@ -1,4 +1,6 @@
+import contextlib
 import json
+import re
 from itertools import takewhile
 
 import datasets
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from trace_unlearn.errors import UserError
+from trace_unlearn.sources import encoding
 from trace_unlearn.sources.data import collate, fingerprint, load_tokens, loss_bearing
 
 BOS, EOS = 1, 2
@@ -20,6 +23,7 @@ BYTES = tiny.byte_tokenizer(CORPUS)
 BYTES_NO_BOS_NO_EOS = tiny.byte_tokenizer(CORPUS, bos_token=None, eos_token=None)
 TOKENIZERS = [WORDS, NO_BOS, BYTES, BYTES_NO_BOS_NO_EOS]
 
+PLAIN = "Question: {question}\nAnswer:"
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} </s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -319,6 +323,83 @@ def test_chats_that_cannot_be_used(tmp_path, caplog):
     )
 
 
+# questions by the chat template
+
+
+def test_questions_are_asked_by_the_chat_template(tmp_path):
+    tokenizer = chat_tokenizer(CHATML)
+    asked = load(tmp_path, "a.jsonl", lines({"question": " w1 w2 ", "answer": "w3 "}), tokenizer)
+    said = load(tmp_path, "b.jsonl", lines({"messages": CHAT[:2]}), tokenizer)
+    assert asked[0] == said[0]
+    plain = load(tmp_path, "a.jsonl", lines({"question": "w1", "answer": "w3"}), tokenizer, question_template=PLAIN)
+    assert plain[0]["prompt"] == "Question: w1\nAnswer:"
+
+
+def test_an_empty_answer_is_skipped_with_a_chat_template_too(tmp_path, caplog):
+    tokenizer = chat_tokenizer(CHATML)
+    records = lines({"question": "w1", "answer": " "}, {"question": "w1", "answer": "w3"})
+    assert len(load(tmp_path, "a.jsonl", records, tokenizer)) == 1
+    assert "1 empty records skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "today",
+    [
+        "{{ strftime_now('%d %B %Y') }}",
+        "{% if day is not defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}",
+        "{% set format = '%d %b %Y' %}{{ strftime_now(format) }}",
+    ],
+)
+def test_a_template_that_prints_the_date_gives_the_same_data_every_day(today, tmp_path):
+    tokenizer = tiny.byte_tokenizer(CORPUS)
+    tokenizer.chat_template = today + CHATML
+    row = load(tmp_path, "a.jsonl", lines({"question": "w1", "answer": "w3"}), tokenizer)[0]
+    assert re.match(r"26 July? 2024", row["prompt"])
+
+
+def test_other_forms_in_a_record_are_counted(tmp_path, caplog):
+    record = {"text": "w9", "question": "w1", "answer": "w2"}
+    data = load(tmp_path, "a.jsonl", lines(record, {"question": "w1", "answer": "w3"}))
+    assert len(data) == 2
+    assert "1 records have more than one form: 'question' and 'answer' is read, 'text' is not" in caplog.text
+
+
+# long texts
+
+
+@pytest.mark.parametrize("special", [{}, {"bos_token": None}])
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(special, tmp_path, monkeypatch):
+    tokenizer = tiny.byte_tokenizer(CORPUS, **special)
+    text = "".join(f"{CORPUS[i % len(CORPUS)]}, caf\u00e9 {i}.\n\n  and {i} more" for i in range(60))
+    whole = load(tmp_path, "a.txt", text, tokenizer, max_length=16)
+    monkeypatch.setattr(encoding, "PIECE", 100)
+    monkeypatch.setattr(encoding, "OVERLAP", 40)
+    pieces = load(tmp_path, "a.txt", text, tokenizer, max_length=16)
+    assert pieces["input_ids"][:] == whole["input_ids"][:]
+    assert pieces["labels"][:] == whole["labels"][:]
+
+
+def test_a_limit_reads_no_more_of_a_text_than_it_needs(tmp_path, monkeypatch):
+    tokenizer = tiny.byte_tokenizer(CORPUS)
+    seen = []
+    encode = type(tokenizer).__call__
+
+    def counted(self, text, *arguments, **options):
+        seen.append(len(text) if isinstance(text, str) else sum(map(len, text)))
+        return encode(self, text, *arguments, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    text = "w1 w2 w3 " * 400_000  # 3.6 MB in one line
+    rows = load(tmp_path, "a.jsonl", lines({"text": text}, {"text": text}), tokenizer, limit=4, max_length=32)
+    assert len(rows) == 4
+    assert sum(seen) < 300_000
+    for record in ({"question": "w1", "answer": text}, {"prompt": text, "completion": "w1"}):
+        seen.clear()
+        with contextlib.suppress(UserError):  # a prompt that leaves no room for the answer
+            load(tmp_path, "b.jsonl", lines(record), tokenizer, max_length=32)
+        assert sum(seen) < 1_000_000
+
+
 # what is refused
 
 
@@ -340,7 +421,17 @@ def test_chats_that_cannot_be_used(tmp_path, caplog):
         ("a.jsonl", "\n \n", r"a\.jsonl: no usable record"),
         ("a.json", "[]", r"a\.json: no usable record"),
         ("a.txt", "\n", r"a\.txt: no usable record"),
-        ("a.csv", "text\nw1\n", r"a\.csv: cannot read \.csv; give a \.jsonl, \.json, \.txt or \.parquet file"),
+        (
+            "a.csv",
+            "text\nw1\n",
+            r"a\.csv: cannot read \.csv; give a \.jsonl, \.json, \.txt or \.parquet file.*read_csv",
+        ),
+        ("a.xlsx", "PK", r"a\.xlsx: cannot read \.xlsx; .*read_excel.*to_json\('a\.jsonl'"),
+        ("a.jsonl", '"w1"'.encode("utf-16"), r"a\.jsonl: UTF-16 text; save it as UTF-8"),
+        ("a.json", '["w1"]'.encode("utf-16-le"), r"a\.json: UTF-16 text"),
+        ("a.txt", "w1 w2".encode("utf-16-be"), r"a\.txt: UTF-16 text"),
+        ("a.jsonl", '"w1"\n{"text": "w1", "text": "w2"}', r"a\.jsonl: line 2: the field 'text' is there twice"),
+        ("a.json", '[{"text": "w1", "text": "w2"}]', r"a\.json: the field 'text' is there twice"),
         ("noise", "w1", r"noise: cannot read a file without a suffix"),
         ("a.parquet", b"PAR1 garbage PAR1", r"a\.parquet: not a readable parquet file"),
         ("a.json", '["w1", 7]', r"a\.json: item 2: got a number; allowed are"),

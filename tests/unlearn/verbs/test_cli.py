@@ -164,6 +164,22 @@ def test_a_wrong_config_file(verb, capsys, tmp_path, content, said):
     assert verb.seen == []
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: a\nbatch_size: 1\nmodel: b\n", "line 3: 'model' is there twice, first in line 1"),
+        ("model: a\ninner:\n  gamma: 1.0\n  gamma: 2.0\n", "line 4: 'gamma' is there twice, first in line 3"),
+        ('{"model": "a", "model": "b"}', "line 1: 'model' is there twice"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(verb, capsys, tmp_path, content, said):
+    (tmp_path / "c.yaml").write_text(content)
+    for words in (["--config", str(tmp_path / "c.yaml")], [f"--config={tmp_path / 'c.yaml'}"]):
+        assert cli.main(["fake", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert verb.seen == []
+
+
 def test_a_users_mistake_in_the_verb(verb, capsys):
     def action(options):
         raise UserError("forget.jsonl: line 3: not JSON")
@@ -273,3 +289,10 @@ def test_exported_names_exist():
         assert getattr(trace_unlearn, name) is not None
     with pytest.raises(AttributeError):
         _ = trace_unlearn.no_such_name
+
+
+def test_public_names_are_listed_and_are_what_their_pages_say():
+    assert sorted(trace_unlearn.__all__) == dir(trace_unlearn)
+    assert {"attack", "calibrate", "evaluate", "report", "verdict", "TraceTrainer"} <= set(dir(trace_unlearn))
+    for name in dir(trace_unlearn):
+        assert getattr(trace_unlearn, name).__doc__, name

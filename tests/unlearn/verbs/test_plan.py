@@ -13,7 +13,7 @@ from trace_unlearn.sources.model import load_model
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.trainable import LoraOptions, add_lora, train_only
 from trace_unlearn.verbs.cli import main as command
-from trace_unlearn.verbs.plan import PlanOptions, check, estimate
+from trace_unlearn.verbs.plan import GB, PlanOptions, check, estimate, trained_in
 from trace_unlearn.verbs.train import TrainOptions
 
 
@@ -106,10 +106,13 @@ def test_it_says_what_fits_and_what_to_change(tmp_path, capsys):
     given = ["plan", "--model", str(tmp_path), "--train.method.objective", "npo"]
     assert command([*given, "--memory", "1"]) == 0
     assert "it fits" in capsys.readouterr().out
-    assert command([*given, "--memory", "0.00001"]) == 0
-    said = capsys.readouterr().out
-    assert "it does not fit" in said
-    assert "lora_rank 8" in said
+    assert command([*given, "--memory", "0.00001"]) == 2  # what follows in a script does not begin
+    said = capsys.readouterr()
+    assert "it does not fit" in said.out
+    assert "lora_rank 8" in said.out
+    assert "0.00 GB" not in said.out
+    assert "memory: it does not fit: " in said.err
+    assert "10.00 kB (given)" in said.err
     assert command([*given, "--sharding", "fsdp"]) == 2
     assert "sharding: got 'fsdp', allowed: none, ddp" in capsys.readouterr().err
     with pytest.raises(UserError, match="sharding: got 'none' with 2 processes"):
@@ -129,3 +132,18 @@ def test_it_reads_the_file_that_run_reads(tmp_path, capsys):
     assert command(["plan", "--config", str(tmp_path / "config.yaml"), "--memory", "1", "--max_length", "64000"]) == 0
     assert short not in capsys.readouterr().out
     assert command(["plan", "--config", str(tmp_path / "config.yaml"), "--batch_size", "1"]) == 2
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(1.0, "float32"), (1e-6, "bfloat16")])
+def test_half_precision_is_trained_in_float32_where_that_fits(memory, expected, tmp_path, capsys):
+    config = tiny.config("qwen3_moe", 80, dtype="bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    options = PlanOptions(TrainOptions(str(tmp_path)), memory=memory)
+    assert trained_in(options, check(options), memory * GB).train.dtype == expected
+    command(["plan", "--model", str(tmp_path), "--memory", str(memory)])
+    assert f"the weights are trained in {expected}" in capsys.readouterr().out
+    full, half = (
+        estimate(PlanOptions(dataclasses.replace(options.train, dtype=dtype)), check(options))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert (full.weights, full.optimizer) == (2 * half.weights, 2 * half.optimizer)

@@ -1,5 +1,6 @@
 """The verb `run`: all steps, skipping, refusal, resuming after a kill."""
 
+import html
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 
+import trace_unlearn
 from trace_unlearn.files import read_json
 from trace_unlearn.sources.model import load_model
 from trace_unlearn.verbs import cli
@@ -75,6 +77,39 @@ def test_all_steps_then_nothing_is_done_again(configuration, capsys):
     assert cli.main(["run", "--config", str(config)]) == 0
     assert made(folder) == before
     assert capsys.readouterr().out.count("done already") == 5
+
+
+def test_the_verdict_is_the_last_line_and_the_first_of_page_and_card(configuration, capsys):
+    _, config, folder = configuration
+    assert cli.main(["run", str(config)]) == 0
+    (sentence,) = [found["sentence"] for found in read_json(folder / "metrics.json")["verdicts"].values()]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == sentence
+    assert said.index(f"{folder / 'model'}: {sentence}") < said.index(
+        next(line for line in said if line.startswith("checkpoint "))
+    )
+    page = (folder / "report.html").read_text()
+    escaped = html.escape(sentence)
+    assert page.index(escaped) < page.index("<h2>") < page.index("<table")
+    card = (folder / "model" / "README.md").read_text().split("---", 2)[2].strip().splitlines()
+    assert card[0].startswith("# ")
+    assert next(line for line in card[1:] if line) == f"**{sentence}**"
+    before = (folder / "model" / "README.md").read_text()
+    capsys.readouterr()
+    assert cli.main(["run", str(config)]) == 0  # nothing is done again, and said all the same
+    assert capsys.readouterr().out.splitlines()[-1] == sentence
+    assert (folder / "model" / "README.md").read_text() == before
+    # The same from Python, of what the run left.
+    assert trace_unlearn.report(folder, folder / "again", show_tokens=0) == folder / "again" / "report.html"
+    assert escaped in (folder / "again" / "report.html").read_text()
+    data = [str(folder.parent / f"{name}.jsonl") for name in ("forget", "retain")]
+    found = trace_unlearn.attack(
+        str(folder / "model"), *data, str(folder / "again"), attacks=["quantize"], bits=[4], max_length=64, device="cpu"
+    )
+    assert found == read_json(folder / "again" / "attacks.json")
+    assert list(found["models"][str(folder / "model")]) == ["unattacked", "quantize_4"]
+    with pytest.raises(trace_unlearn.UserError, match="attack: 'bit' is none of its options"):
+        trace_unlearn.attack("model", *data, "out", bit=4)
 
 
 def test_attacks_are_a_step_of_their_own(configuration, checkpoint):

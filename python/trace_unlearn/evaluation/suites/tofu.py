@@ -27,8 +27,8 @@ from trace_unlearn.evaluation.metrics import (
 )
 from trace_unlearn.evaluation.predictions import RowScores, row_scores
 from trace_unlearn.evaluation.suites.suite import Suite, check_data, check_number, read_part, text, texts
-from trace_unlearn.sources.data import QUESTION_TEMPLATE
-from trace_unlearn.sources.encoding import Encoder, Row
+from trace_unlearn.sources.data import check_template
+from trace_unlearn.sources.encoding import QUESTION_TEMPLATE, Encoder, Row
 from trace_unlearn.sources.records import Record
 
 KEPT = ("retain", "real_authors", "world_facts")
@@ -44,7 +44,8 @@ class Tofu(Suite):
             world_facts_perturbed as .json, .jsonl or .parquet: question, answer, perturbed_answer (a list), and for the
             first two paraphrased_answer. What a folder lacks is not measured; model utility needs the last three.
         forget: which forget set: forget01, forget05 or forget10.
-        chat: ask by the tokenizer's chat template; else "Question: ...\nAnswer:".
+        chat: whether to ask by the tokenizer's chat template; by default where it has one.
+        question_template: the prompt otherwise, with {question} in it; by default "Question: {question}\nAnswer:".
         max_length: the most tokens of question and answer.
         max_new_tokens: the most tokens of a generated answer.
         limit: only the first questions of each part.
@@ -52,7 +53,8 @@ class Tofu(Suite):
 
     data: str
     forget: str = "forget10"
-    chat: bool = False
+    chat: bool | None = None
+    question_template: str | None = None
     max_length: int = 512
     max_new_tokens: int = 200
     limit: int | None = None
@@ -61,8 +63,11 @@ class Tofu(Suite):
         check_data(self.data)
         if not isinstance(self.forget, str) or not self.forget:
             raise UserError(f"forget: got {self.forget!r}, allowed is the name of a forget set, such as forget10")
-        if not isinstance(self.chat, bool):
+        if self.chat is not None and not isinstance(self.chat, bool):
             raise UserError(f"chat: got {self.chat!r}, allowed are true and false")
+        if self.chat and self.question_template is not None:
+            raise UserError("chat and question_template: got both; each says alone how to ask, so give one of them")
+        check_template(self.question_template)
         for name, least in (("max_length", 2), ("max_new_tokens", 1), ("limit", 1)):
             check_number(name, getattr(self, name), least)
 
@@ -70,7 +75,10 @@ class Tofu(Suite):
         return {"data": self.data}
 
     def read(self, tokenizer: Tokenizer) -> None:
-        encoder = Encoder(tokenizer, self.max_length, QUESTION_TEMPLATE)
+        template = self.question_template
+        if template is None and self.chat is False:
+            template = QUESTION_TEMPLATE
+        encoder = Encoder(tokenizer, self.max_length, template)
         parts = {"forget": f"{self.forget}_perturbed", **{name: f"{name}_perturbed" for name in KEPT}}
         self.parts: dict[str, list[Question]] = {}
         for name, config in parts.items():
