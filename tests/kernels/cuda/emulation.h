@@ -259,6 +259,18 @@ inline void rendezvous(Wait kind, int first, int last, int& arrived, int line) {
   }
 }
 
+// Where a thread's next barrier lets it go and what it waits for, by turns: nobody reaches the next but one before all
+// have passed this one.
+inline char* point_of_block() {
+  const Unseen unseen;
+  return &machine.points[machine.current->barriers++ % 2];
+}
+inline char* point_of_warp() {
+  const Unseen unseen;
+  Thread& self = *machine.current;
+  return &machine.warps[self.number / kWarp].points[self.warp_barriers++ % 2];
+}
+
 template <typename T>
 const uint64_t* exchange(unsigned mask, T value, int line) {
   static_assert(sizeof(T) <= 8);
@@ -408,15 +420,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, uintptr_t, Arg
 
 inline void __syncthreads(int line = __builtin_LINE()) {
   tk::emulation::Machine& m = tk::emulation::machine;
-  // By turns: nobody reaches the next but one before all have passed this one.
-  char* point = &m.points[m.current->barriers++ % 2];
+  char* point = tk::emulation::point_of_block();
   tk::emulation::release(point);
   tk::emulation::rendezvous(tk::emulation::Wait::block, 0, m.num_threads, m.block_arrived, line);
   tk::emulation::acquire(point);
 }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
-  tk::emulation::Machine& m = tk::emulation::machine;
-  char* point = &m.warps[m.current->number / tk::emulation::kWarp].points[m.current->warp_barriers++ % 2];
+  char* point = tk::emulation::point_of_warp();
   tk::emulation::release(point);
   tk::emulation::exchange(mask, 0, line);
   tk::emulation::acquire(point);
