@@ -276,7 +276,7 @@ def beside(stats: RoutingStatistics, selected: torch.Tensor, name: str, solver: 
     def ours() -> None:
         patterns = Patterns.of(hits, len(selected))
         found = balance(patterns, target, ridge=ridge, min_ess=0.0, cap=1e9)
-        x = patterns.scores(found.coefficients)[patterns.token_pattern].numpy()
+        x = patterns.scores(found.coefficients)[patterns.token_row].numpy()
         weights["ours"] = np.exp(x - x.max()) / np.exp(x - x.max()).mean()
 
     def theirs() -> None:

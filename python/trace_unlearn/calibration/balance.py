@@ -1,6 +1,7 @@
 """Calibration of weights: those nearest to uniform under which given frequencies match.
 
-The problem, over the weights w of N tokens with hit bits a_t in {0, 1}^M:
+The problem, over the weights w of N tokens with features a_t in [0, 1]^M, their hit bits or averages of such bits (see
+`patterns` and `averages`), where tokens of the same row of features share a weight:
 
     minimise    mean_t G(w_t) + ||mean_t(w_t a_t) - f||^2 / (2 ridge)
     subject to  mean_t(w_t) = 1,  0 <= w_t <= cap
@@ -25,12 +26,11 @@ from typing import Protocol
 
 import torch
 
-from trace_unlearn.calibration.patterns import Patterns
+from trace_unlearn.calibration.patterns import Features
 
 _LARGEST_RIDGE = 1e8
 _ESS_SLACK = 1e-5  # how close above its bound the search brings the effective sample size
 _ROUGH, _EXACT = 1e-6, 1e-11  # the largest entry of the gradient, during the search and at its end
-_SAMPLE = 1 << 18  # rows from which Newton's direction and the first guess are computed, where there are more
 
 
 class Distance(Protocol):
@@ -129,34 +129,37 @@ class Balance:
 class _Problem:
     """What is solved, apart from the ridge."""
 
-    patterns: Patterns
-    sample: Patterns  # a part of them, or the same
+    features: Features
+    sample: Features  # a part of them, or the same
     target: torch.Tensor
     distance: Distance
     cap: float
     min_ess: float
 
     def keeps(self, found: Balance) -> bool:
-        return found.ess >= self.min_ess and found.largest <= self.distance.largest
+        return found.ess >= self.min_ess and self.representable(found)
+
+    def representable(self, found: Balance) -> bool:
+        return found.largest <= self.distance.largest * self.features.reach
 
 
 def balance(
-    patterns: Patterns, target: torch.Tensor, *, ridge: float, min_ess: float, cap: float, rule: str = "balance"
+    features: Features, target: torch.Tensor, *, ridge: float, min_ess: float, cap: float, rule: str = "balance"
 ) -> Balance:
     """Solves the problem for the smallest ridge from `ridge` on whose weights keep an ESS of `min_ess`.
 
     The mismatch grows with the ridge, so of all ridges that keep the bound this one has the least. Targets that no
     weights meet send lambda to infinity as the ridge falls: numbers beyond float32 count as a bound not kept.
 
-    With many patterns the search first runs on a sample of them; the rest of it, on all, starts there.
+    With many rows the search first runs on a sample of them; the rest of it, on all, starts there.
     """
-    sample = patterns.thinned(_SAMPLE)
-    problem = _Problem(patterns, sample, target, DISTANCES[rule], cap, min_ess)
-    even = Balance(torch.zeros(patterns.num_bits, dtype=torch.float64), _LARGEST_RIDGE, 1.0, 0.0)
+    sample = features.thinned()
+    problem = _Problem(features, sample, target, DISTANCES[rule], cap, min_ess)
+    even = Balance(torch.zeros(features.num_bits, dtype=torch.float64), _LARGEST_RIDGE, 1.0, 0.0)
     # Down from a large ridge, where the solution is near uniform and each one starts the next.
     start, factor = replace(even, ridge=max(1.0, ridge)), 8.0
-    if sample is not patterns:
-        start, factor = _search(replace(problem, patterns=sample), even, start, ridge, factor), 1.01
+    if sample is not features:
+        start, factor = _search(replace(problem, features=sample), even, start, ridge, factor), 1.01
     kept = _search(problem, even, start, ridge, factor)
     # The rough solutions placed the ridge; this one is exact, and may fall below the bound by as much as they were off.
     while not problem.keeps(found := _solve(problem, kept.ridge, kept.coefficients, _EXACT)):
@@ -177,7 +180,7 @@ def _search(problem: _Problem, even: Balance, start: Balance, ridge: float, fact
         low, kept = (None, found) if problem.keeps(found) else (found, kept)
         factor = min(factor**2, 8.0)
     while low is not None and kept is even and low.ridge * factor < _LARGEST_RIDGE:
-        coefficients = start.coefficients if low.largest > problem.distance.largest else low.coefficients
+        coefficients = start.coefficients if not problem.representable(low) else low.coefficients
         found = _solve(problem, low.ridge * factor, coefficients, _ROUGH)
         low, kept = (low, found) if problem.keeps(found) else (found, kept)
         factor = min(factor**2, 8.0)
@@ -197,20 +200,20 @@ def _search(problem: _Problem, even: Balance, start: Balance, ridge: float, fact
 
 def _solve(problem: _Problem, ridge: float, start: torch.Tensor, tolerance: float) -> Balance:
     """Damped Newton on the dual, mu eliminated."""
-    patterns, distance, cap, target = problem.patterns, problem.distance, problem.cap, problem.target
+    features, distance, cap, target = problem.features, problem.distance, problem.cap, problem.target
 
     def dual(coefficients: torch.Tensor) -> tuple[float, float, torch.Tensor, torch.Tensor]:
         """D, mu, x and the weights."""
-        x = patterns.scores(coefficients)
-        mu = distance.scale(x, patterns.counts, cap)
+        x = features.scores(coefficients)
+        mu = distance.scale(x, features.counts, cap)
         x += mu
         weights = distance.weights(x, cap)
-        value = patterns.mean(distance.psi(x, weights, cap)) - mu - float(coefficients @ target)
+        value = features.mean(distance.psi(x, weights, cap)) - mu - float(coefficients @ target)
         return value + ridge / 2 * float(coefficients @ coefficients), mu, x, weights
 
     coefficients = start
     value, mu, x, weights = dual(coefficients)
-    frequency = patterns.frequencies(weights)
+    frequency = features.frequencies(weights)
     gradient = frequency - target + ridge * coefficients
     for _ in range(500):
         if not len(gradient) or float(gradient.abs().max()) <= tolerance:
@@ -228,18 +231,19 @@ def _solve(problem: _Problem, ridge: float, start: torch.Tensor, tolerance: floa
             if -slope < 1e-9:  # the value cannot show such progress, the gradient can
                 break
             length /= 2
-        new_frequency = patterns.frequencies(new_weights)
+        new_frequency = features.frequencies(new_weights)
         new_gradient = new_frequency - target + ridge * tried
         if -slope < 1e-9 and float(new_gradient.abs().max()) > 0.5 * float(gradient.abs().max()):
-            if problem.sample is patterns:
+            finer = features.finer(problem.sample)
+            if finer is problem.sample:
                 break  # as exact as the arithmetic allows
-            problem = replace(problem, sample=patterns)  # the sample's direction is too inexact: the true one
+            problem = replace(problem, sample=finer)  # the sample's direction is too inexact
             continue
         coefficients, value, mu, x, weights = tried, new_value, new_mu, new_x, new_weights
         frequency, gradient = new_frequency, new_gradient
     # Where targets contradict each other lambda and mu may grow in opposite directions, and x does not show it.
     largest = max(float(values.abs().max()) for values in (x, coefficients, x.new_tensor([mu])) if len(values))
-    return Balance(coefficients, ridge, patterns.ess(weights), largest)
+    return Balance(coefficients, ridge, features.ess(weights), largest)
 
 
 def _hessian(
@@ -250,26 +254,12 @@ def _hessian(
     weights: torch.Tensor,
     frequency: torch.Tensor,
 ) -> torch.Tensor:
-    """[M, M]. Only weights between their bounds move, and mu moves with them: their covariance is the curvature.
-
-    Correlations come from the sample, variances from all patterns: a pair too rare for the sample keeps its own.
-    """
-    patterns, sample, distance, cap = problem.patterns, problem.sample, problem.distance, problem.cap
+    """[M, M]. Only weights between their bounds move, and mu moves with them: their covariance is the curvature."""
+    features, sample, distance, cap = problem.features, problem.sample, problem.distance, problem.cap
     moving = distance.slope(x, weights, cap)
-    if patterns is sample:
-        return _covariance(patterns, moving)
-    mean = frequency if moving is weights else patterns.frequencies(moving)
-    variance = (mean - mean**2 / max(patterns.mean(moving), 1e-300)).clamp(min=0)
+    if features is sample:
+        return features.covariance(moving)
+    mean = frequency if moving is weights else features.frequencies(moving)
     sample_x = sample.scores(coefficients) + mu
-    covariance = _covariance(sample, distance.slope(sample_x, distance.weights(sample_x, cap), cap))
-    seen = covariance.diagonal() > 1e-12
-    factor = torch.where(seen, (variance / covariance.diagonal().clamp(min=1e-12)).sqrt(), 0.0)
-    covariance = covariance * torch.outer(factor, factor)
-    covariance.diagonal().copy_(variance)
-    return covariance
-
-
-def _covariance(patterns: Patterns, moving: torch.Tensor) -> torch.Tensor:
-    second = patterns.second_moments(moving)
-    mean = second.diagonal()
-    return second - torch.outer(mean, mean) / max(patterns.mean(moving), 1e-300)
+    covariance = sample.covariance(distance.slope(sample_x, distance.weights(sample_x, cap), cap))
+    return features.completed(covariance, mean, features.mean(moving))

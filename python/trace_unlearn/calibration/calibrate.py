@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 import trace_kernels as tk
+from trace_unlearn.calibration.averages import of_contexts, of_documents
 from trace_unlearn.calibration.balance import DISTANCES, balance
-from trace_unlearn.calibration.feasible import checked_pairs, dependencies, reachable
-from trace_unlearn.calibration.patterns import Patterns
+from trace_unlearn.calibration.feasible import checked_pairs, constant, dependencies, reachable
+from trace_unlearn.calibration.patterns import Features, Patterns
 from trace_unlearn.calibration.selection import (
     Selection,
     effective_tokens,
@@ -20,9 +21,9 @@ from trace_unlearn.calibration.selection import (
     select_experts,
     wilson_interval,
 )
-from trace_unlearn.calibration.weights import Calibration, lookup, matching
+from trace_unlearn.calibration.weights import Calibration, Made, lookup, matching
 from trace_unlearn.errors import UserError
-from trace_unlearn.routing.statistics import RoutingStatistics
+from trace_unlearn.routing.statistics import DEFAULT_UNIT, UNITS, RoutingStatistics
 
 __all__ = ["RULES", "Calibration", "calibrate", "check_settings", "select_experts"]
 
@@ -36,6 +37,7 @@ def calibrate(
     selected: torch.Tensor | None = None,
     *,
     rule: str = "balance",
+    unit: str = DEFAULT_UNIT,
     min_ess: float = 0.5,
     max_weight: float = 20.0,
     experts_per_layer: int | None = 4,
@@ -58,7 +60,20 @@ def calibrate(
     - "product": w proportional to the product of f / r over the token's hits.
     - "ratio": w proportional to the mean of f / r over the token's hits, 1 without hits.
     - "uniform": 1.
-    - "shuffled": the control: the weights of "balance", each given to a random token.
+    - "shuffled": the control: the weights of "balance", each given to a random token (of unit "document": document).
+
+    The `unit` says whose routing a weight looks at. A token's loss back-propagates through the experts of all the
+    positions that its attention reads, so its own routing is one of many that it touches.
+
+    - "token": the hits of the token itself.
+    - "context": the mean hits of the positions that its loss reads, itself and those before it: of the prompt, too, and
+      of a sliding window where no layer reads more. Every token has a weight of its own. The frequencies that are to
+      match, f and r, are then the means of these means over the counted tokens of either side. It needs a profile that
+      was made for it.
+    - "document": the mean hits of its document's counted tokens, which all have the same weight; a window of a long
+      text is a document. What is minimised is the same, a mean over tokens, under that restriction. "balance" is then
+      exp of, and "additive" linear in, the mean of the tokens' scores; "product" is the geometric mean of the tokens'
+      products; "ratio" is the mean of f / r over all hits of the document, 1 without hits.
 
     "product" and "ratio" are cut at max_weight or at the lower cap that keeps `min_ess`, the mean brought back to 1.
     Deterministic, and the order of the tokens does not matter.
@@ -67,8 +82,10 @@ def calibrate(
         stats: what `profile` saw.
         selected: [M, 2] (MoE layer, expert); by default what `select_experts` takes with the settings below.
         rule: one of the above.
+        unit: "token", "context" or "document".
         min_ess: the least effective sample size, (sum w)^2 / (N sum w^2), in [0, 1). Exact matching costs most of it:
-            this is the setting that matters.
+            this is the setting that matters. It is that of the tokens for every unit, so that the same bound allows
+            every unit the same contrast, the mean of w^2; what it is in documents is reported beside it.
         max_weight: the largest weight, above 1.
         experts_per_layer: this and the next five: see `trace_unlearn.calibration.selection.Selection`.
         tau: least activation.
@@ -81,11 +98,23 @@ def calibrate(
     Raises:
         UserError: nothing selected, nothing of it reachable by retain data, a setting out of range; with advice.
     """
-    check_settings(rule, min_ess, max_weight, ridge)
+    check_settings(rule, unit, min_ess, max_weight, ridge)
+    _check_unit(rule, unit, stats)
     shuffle = rule == "shuffled"
     rule = "balance" if shuffle else rule
     selection = Selection(experts_per_layer, tau, rank, threshold, max_experts, min_count)
     f_all, r_all = frequencies(stats)
+    f_tokens_all, r_tokens_all = (effective_tokens(stats, side) for side in ("forget", "retain"))
+    contexts = stats.contexts if unit == "context" else None
+    if contexts is not None:
+        f_all, r_all = contexts.forget_sums / stats.forget_tokens, contexts.retain_sums / stats.retain_tokens
+        f_tokens_all, r_tokens_all = (
+            torch.full_like(sums, tokens) if effect is None else tokens / effect.double()
+            for sums, tokens, effect in (
+                (f_all, stats.forget_tokens, contexts.forget_design_effect),
+                (r_all, stats.retain_tokens, contexts.retain_design_effect),
+            )
+        )
     L, E = f_all.shape
     notes: list[str] = []
     if selected is None:
@@ -93,37 +122,45 @@ def calibrate(
         if len(selected) == 0 and rule != "uniform":
             raise UserError(selection.why_empty(stats))
     selected = reachable(checked_pairs(selected, L, E), f_all, r_all, rule, notes)
+    hits, features = _features(stats, selected, unit)
+    if rule in DISTANCES and unit != "token":
+        alike = constant(features.thinned(), selected, unit, notes)
+        if bool(alike.any()):
+            selected = selected[~alike]
+            hits, features = _features(stats, selected, unit)
     f, r, f_tokens, r_tokens = (
-        values[selected[:, 0], selected[:, 1]]
-        for values in (f_all, r_all, effective_tokens(stats, "forget"), effective_tokens(stats, "retain"))
+        values[selected[:, 0], selected[:, 1]] for values in (f_all, r_all, f_tokens_all, r_tokens_all)
     )
-    _, hits = tk.route_hits(stats.retain_routes, selected, E)
-    patterns = Patterns.of(hits, len(selected))
-    notes += dependencies(patterns, selected, f) if rule in DISTANCES else []
+    if rule in DISTANCES:
+        notes += dependencies(features if unit == "token" else features.thinned(), selected, f, unit)
 
     # The table is rounded to float32 first and the scale found after it, so that a live lookup gives the same weights.
-    values, ridge_used = _values(rule, patterns, f, r, ridge, min_ess, max_weight)
+    values, ridge_used = _values(rule, features, f, r, ridge, min_ess, max_weight)
     phi, reduce = FORMS.get(rule, ("exp", "sum"))
-    score = patterns.scores(values)
-    count = patterns.scores(torch.ones_like(values))
+    score = features.scores(values)
+    count = features.scores(torch.ones_like(values))
     cap = _float32_below(max_weight)
     if phi == "linear":
-        scale = DISTANCES[rule].scale(score, patterns.counts, cap)
+        scale = DISTANCES[rule].scale(score, features.counts, cap)
     else:
         log_raw = lookup(score, count, phi, reduce, 1.0, math.inf).log() if phi == "identity" else score
         if rule in ("product", "ratio"):
-            cap = _cap_for_ess(patterns, log_raw, cap, min_ess)
-        scale = math.exp(DISTANCES["balance"].scale(log_raw, patterns.counts, cap))
-    weights = lookup(score, count, phi, reduce, scale, cap).float()[patterns.token_pattern]
+            cap = _cap_for_ess(features, log_raw, cap, min_ess)
+        scale = math.exp(DISTANCES["balance"].scale(log_raw, features.counts, cap))
+    weights = lookup(score, count, phi, reduce, scale, cap).float()[features.token_row]
 
     table, hit_table = (torch.zeros(L, E, dtype=torch.float32) for _ in range(2))
     table[selected[:, 0], selected[:, 1]] = values.float()
     hit_table[selected[:, 0], selected[:, 1]] = 1.0
-    outcome = matching(weights, hits, f)
+    made = Made(
+        unit, hits, stats.retain_offsets, None if contexts is None else contexts.counted, contexts and contexts.window
+    )
+    outcome = matching(weights, f, made)
     _check_outcome(weights, outcome, min_ess, max_weight)
     notes += _diagnose(rule, outcome, f, r, weights, stats.retain_offsets, ridge_used, ridge, min_ess)
     found = Calibration(
         rule=rule,
+        unit=unit,
         phi=phi,
         reduce=reduce,
         table=table,
@@ -138,8 +175,10 @@ def calibrate(
         token_weight=weights,
         retain_offsets=stats.retain_offsets.clone(),
         hits=hits,
+        counted=None if contexts is None else contexts.counted,
         retain_fingerprint=str(stats.meta.get("retain_fingerprint", "")),
         choices={
+            **({} if contexts is None else {"attention_window": contexts.window}),
             "min_ess": min_ess,
             "max_weight": max_weight,
             **dataclasses.asdict(selection),
@@ -157,9 +196,26 @@ def calibrate(
     return found.shuffled(0) if shuffle else found
 
 
+def _features(stats: RoutingStatistics, selected: torch.Tensor, unit: str) -> tuple[torch.Tensor, Features]:
+    """The hits [N, ceil(M / 8)] of the retain tokens (of contexts: [P, ...]), and what the solver sees of them."""
+    E = stats.retain_counts.shape[1]
+    _, hits = tk.route_hits(stats.retain_routes, selected, E)
+    if unit == "context":
+        assert stats.contexts is not None
+        counted, prompts = stats.contexts.counted, stats.contexts.prompt_routes
+        if len(prompts):
+            own, hits = hits, torch.empty(len(counted), hits.shape[1], dtype=torch.uint8)
+            hits[counted] = own
+            hits[~counted] = tk.route_hits(prompts, selected, E)[1]
+        return hits, of_contexts(hits, counted, stats.retain_offsets, stats.contexts.window, len(selected))
+    if unit == "document":
+        return hits, of_documents(hits, stats.retain_offsets, len(selected))
+    return hits, Patterns.of(hits, len(selected))
+
+
 def _values(
     rule: str,
-    patterns: Patterns,
+    features: Features,
     f: torch.Tensor,
     r: torch.Tensor,
     ridge: float,
@@ -170,7 +226,7 @@ def _values(
     ridge_used = None
     if rule in DISTANCES:
         bound = min_ess + _MARGIN if min_ess > 0 else 0.0
-        found = balance(patterns, f, ridge=ridge, min_ess=bound, cap=_float32_below(max_weight), rule=rule)
+        found = balance(features, f, ridge=ridge, min_ess=bound, cap=_float32_below(max_weight), rule=rule)
         values, ridge_used = found.coefficients, found.ridge
     elif rule == "product":
         values = (f / r).log()
@@ -181,13 +237,13 @@ def _values(
     return values.float().double(), ridge_used
 
 
-def _cap_for_ess(patterns: Patterns, log_raw: torch.Tensor, cap: float, min_ess: float) -> float:
+def _cap_for_ess(features: Features, log_raw: torch.Tensor, cap: float, min_ess: float) -> float:
     """The largest cap up to `cap` that keeps the ESS: the lower the cap, the more even the weights."""
     exponential = DISTANCES["balance"]
 
     def keeps(tried: float) -> bool:
-        mu = exponential.scale(log_raw, patterns.counts, tried)
-        return patterns.ess(exponential.weights(log_raw + mu, tried)) >= min_ess + _MARGIN
+        mu = exponential.scale(log_raw, features.counts, tried)
+        return features.ess(exponential.weights(log_raw + mu, tried)) >= min_ess + _MARGIN
 
     if keeps(cap):
         return cap
@@ -198,9 +254,28 @@ def _cap_for_ess(patterns: Patterns, log_raw: torch.Tensor, cap: float, min_ess:
     return _float32_below(low)
 
 
-def check_settings(rule: str, min_ess: float, max_weight: float, ridge: float) -> None:
+def _check_unit(rule: str, unit: str, stats: RoutingStatistics) -> None:
+    """UserError where the statistics do not hold what the unit needs."""
+    if unit == "context" and stats.contexts is None:
+        raise UserError(
+            "unit: got 'context', but the profile does not hold what the contexts of tokens activate; profile again "
+            "with unit 'context'"
+        )
+    if unit == "document" and rule != "uniform":
+        bearing = int((stats.retain_offsets.diff() > 0).sum())
+        if bearing == 1:
+            raise UserError(
+                "unit: got 'document', but the retain set has one document with counted tokens: all its tokens share "
+                "one weight, which is 1. Use more documents, a smaller max_length (a window of a long text is a "
+                "document), or unit 'token'"
+            )
+
+
+def check_settings(rule: str, unit: str, min_ess: float, max_weight: float, ridge: float) -> None:
     if rule not in RULES:
         raise UserError(f"rule: got {rule!r}, allowed: {', '.join(map(repr, RULES))}")
+    if unit not in UNITS:
+        raise UserError(f"unit: got {unit!r}, allowed: {', '.join(map(repr, UNITS))}")
     if not 0 <= min_ess <= 0.9999:
         raise UserError(
             f"min_ess: got {min_ess}, allowed is 0 <= min_ess <= 0.9999 (a share of the retain tokens); only uniform "

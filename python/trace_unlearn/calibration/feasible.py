@@ -6,10 +6,11 @@ import logging
 
 import torch
 
-from trace_unlearn.calibration.patterns import Patterns
+from trace_unlearn.calibration.patterns import Features
 from trace_unlearn.errors import UserError
 
 _TOGETHER = 1e-9  # of a share of tokens: two pairs that differ on less do not differ
+_ALIKE = 1e-12  # of a variance: below it units do not differ
 _GAP = 1e-3  # of a frequency: contradictions below it are not worth words
 _NAMED = 5  # at most so many of a kind
 
@@ -64,42 +65,62 @@ def reachable(selected: torch.Tensor, f: torch.Tensor, r: torch.Tensor, rule: st
     return selected[~(never | always)]
 
 
-def dependencies(patterns: Patterns, selected: torch.Tensor, f: torch.Tensor) -> list[str]:
+def constant(features: Features, selected: torch.Tensor, unit: str, notes: list[str]) -> torch.Tensor:
+    """[M] bool: the pairs that every unit activates equally often: no weights change their frequency."""
+    found = features.covariance(torch.ones_like(features.counts)).diagonal() < _ALIKE
+    if bool(found.any()):
+        named = f"every retain {unit} activates {_pairs(selected[found])} (layer, expert) equally often"
+        if bool(found.all()):
+            raise UserError(
+                f"selected: {named}: weights of unit {unit!r} cannot change that. Use unit 'token', or retain data "
+                "that is more varied"
+            )
+        notes.append(f"{named}: dropped, no weight changes that")
+        logger.warning(notes[-1])
+    return found
+
+
+def dependencies(features: Features, selected: torch.Tensor, f: torch.Tensor, unit: str) -> list[str]:
     """What contradicts or repeats what among the targets f [M] of `selected` [M, 2].
 
-    Of all linear dependencies between hits the usual ones are named: a target of 1, pairs that the same tokens hit, and
-    whole layers whose tokens all hit equally many selected experts. Any other shows in the errors that remain.
+    Of all linear dependencies between features the usual ones are named: a target of 1, pairs that the same units hit,
+    and whole layers of whose selected experts all units hit equally many.
     """
     notes: list[str] = []
     full = f == 1
     if bool(full.any()):
         notes.append(
             f"every forget token activates {_pairs(selected[full])} (layer, expert): only weights of 0 on all other "
-            "retain tokens would match that"
+            f"retain {unit}s would match that"
         )
-    joint = patterns.second_moments(torch.ones_like(patterns.counts))
+    even = torch.ones_like(features.counts)
+    mean, joint = features.frequencies(even), features.covariance(even)
     own = joint.diagonal()
-    same = ((own[:, None] - joint).abs() < _TOGETHER) & ((own[None, :] - joint).abs() < _TOGETHER)
-    for one, other in same.triu(1).nonzero()[:_NAMED].tolist():
+    # E(a_i - a_j)^2 is 0.
+    apart = own[:, None] + own[None, :] - 2 * joint + (mean[:, None] - mean[None, :]) ** 2
+    for one, other in (apart < 2 * _TOGETHER).triu(1).nonzero()[:_NAMED].tolist():
         gap = abs(float(f[one] - f[other]))
         ask = (
             f"whose forget frequencies differ by {gap:.3f}: no weights match both"
             if gap > _GAP
             else "one of them says it"
         )
-        notes.append(f"the same retain tokens activate {_pairs(selected[[one, other]])} (layer, expert), {ask}")
+        notes.append(f"the same retain {unit}s activate {_pairs(selected[[one, other]])} (layer, expert), {ask}")
     for layer in torch.unique(selected[:, 0]).tolist():
         members = selected[:, 0] == layer
-        hits = float(own[members].sum())
-        # Var(sum of the layer's hits) = 0: every token hits equally many.
-        if members.sum() > 2 and abs(float(joint[members][:, members].sum()) - hits**2) < _TOGETHER:
+        hits = float(mean[members].sum())
+        # Var(sum of the layer's hits) = 0: every unit hits equally many.
+        if members.sum() > 2 and abs(float(joint[members][:, members].sum())) < _TOGETHER:
             gap = float(f[members].sum()) - hits
             tail = (
                 f"and forget tokens {hits + gap:.3f}: no weights match all"
                 if abs(gap) > _GAP
                 else "one follows from the rest"
             )
-            notes.append(f"every retain token hits {hits:.0f} of the selected experts of layer {layer}, {tail}")
+            notes.append(
+                f"every retain {unit} hits {hits:.4g} of the selected experts of layer {layer}"
+                f"{'' if unit == 'token' else ' a token'}, {tail}"
+            )
     return notes
 
 

@@ -75,7 +75,7 @@ def report_run(folder: Path, show_tokens: int = 10) -> Page:
     if stats is not None:
         choices["profile"] = stats.meta
     if calibration is not None:
-        choices["calibrate"] = {"rule": calibration.rule, **calibration.choices}
+        choices["calibrate"] = calibration.facts()
     if training is not None:
         choices["train"] = training
     if metrics is not None:
@@ -96,15 +96,16 @@ def describe_calibration(
     page.heading(title)
     page.paragraph(
         f"{len(selected)} forget-critical experts were chosen: the forget set uses them more than the retain set does. "
-        f"Every retain token got a weight (rule {calibration.rule!r}, mean 1), so that the retain set, weighted, uses "
-        "them as the forget set does. The effective sample size says what share of the retain tokens the weighted set "
-        "is worth: 1 is uniform, and exact matching would cost nearly all of it."
+        f"Every retain token got a weight (rule {calibration.rule!r}, unit {calibration.unit!r}, mean 1), so that the "
+        "retain set, weighted, uses them as the forget set does. The effective sample size says what share of the "
+        "retain tokens the weighted set is worth: 1 is uniform, and exact matching would cost nearly all of it."
     )
     page.tiles(
         [
             ("mean error, uniform weights → these", f"{before.mean():.3f} → {calibration.mean_error:.3f}"),
             ("largest error, uniform weights → these", f"{before.max():.3f} → {calibration.max_error:.3f}"),
             ("effective sample size", float(calibration.ess)),
+            *([("of documents", float(calibration.unit_ess))] if calibration.unit == "document" else []),
             ("largest weight", float(calibration.largest_weight)),
         ]
     )

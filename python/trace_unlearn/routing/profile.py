@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trace_unlearn import files
-from trace_unlearn.checks import check_integers
+from trace_unlearn.checks import check_integers, check_word
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing.recorder import RoutingRecorder, unwrap
-from trace_unlearn.routing.statistics import ROUTES, RoutingStatistics
+from trace_unlearn.routing.statistics import DEFAULT_UNIT, PROMPT_ROUTES, ROUTES, UNITS, Contexts, RoutingStatistics
 from trace_unlearn.sources.data import check_disjoint, collate, fingerprint, loss_bearing
 from trace_unlearn.sources.encoding import IGNORE_INDEX
 from trace_unlearn.sources.model import input_device
@@ -38,6 +39,7 @@ def profile_routing(
     output: str | os.PathLike[str] | None = None,
     source: dict[str, Any] | None = None,
     overlap: int | None = None,
+    unit: str = DEFAULT_UNIT,
 ) -> RoutingStatistics:
     """Runs both data sets once through `model`, in eval mode and without gradients, and counts activations.
 
@@ -56,19 +58,22 @@ def profile_routing(
             come, and what is returned maps them from there.
         source: what goes into meta["source"]: where model and data came from, in the words of the verb's options.
         overlap: what `check_disjoint` gave, where it was asked already.
+        unit: the unit of the weights that are to follow (see `trace_unlearn.calibration.calibrate`). "context" also
+            records the routes of the prompts that losses read; the others need no more than each other.
 
     Raises:
         UserError: a model that cannot be observed, a set without loss-bearing tokens, forget and retain the same.
     """
     check_integers({"batch_size": batch_size}, batch_size=1)
     overlap = check_disjoint(forget, retain) if overlap is None else overlap
-    run = _Run(model, batch_size, pad_token_id, progress)
+    check_word("unit", unit, UNITS)
+    run = _Run(model, batch_size, pad_token_id, progress, contexts=unit == "context")
     if output is None:
         stats = _profile(model, forget, retain, overlap, run, None)
         stats.meta["source"] = source
         return stats
     with files.staged_folder(output) as staged:
-        stats = _profile(model, forget, retain, overlap, run, staged / ROUTES)
+        stats = _profile(model, forget, retain, overlap, run, staged)
         stats.meta["source"] = source
         stats.save_rest(staged)
         del stats  # with the map of the file in the hidden folder
@@ -81,19 +86,35 @@ def _profile(
     retain: datasets.Dataset,
     overlap: int,
     run: _Run,
-    path: Path | None,
+    folder: Path | None,
 ) -> RoutingStatistics:
     was_training = model.training
     model.train(False)
     try:
         forget_offsets = run.offsets("forget", forget)
         retain_offsets = run.offsets("retain", retain)
-        forget_side = run.count("forget", forget, forget_offsets, None)
-        routes = run.room_for_routes(int(retain_offsets[-1]), path)
-        retain_side = run.count("retain", retain, retain_offsets, routes)
+        forget_side, forget_contexts = run.count("forget", forget, forget_offsets)
+        routes = run.room_for_routes(int(retain_offsets[-1]), folder and folder / ROUTES)
+        stored = [_Stored(routes, retain_offsets)]
+        if run.contexts:
+            prompt_offsets, counted = _positions(retain)
+            prompts = run.room_for_routes(int(prompt_offsets[-1]), folder and folder / PROMPT_ROUTES)
+            stored.append(_Stored(prompts, prompt_offsets))
+        retain_side, retain_contexts = run.count("retain", retain, retain_offsets, *stored)
     finally:
         model.train(was_training)
     layers = run.recorder.layers
+    contexts = None
+    if run.contexts:
+        contexts = Contexts(
+            counted,
+            torch.from_numpy(prompts),
+            forget_contexts.counts,
+            retain_contexts.counts,
+            run.window,
+            forget_contexts.design_effect(),
+            retain_contexts.design_effect(),
+        )
     return RoutingStatistics(
         forget_side.counts,
         retain_side.counts,
@@ -118,7 +139,37 @@ def _profile(
         },
         forget_side.design_effect(),
         retain_side.design_effect(),
+        contexts,
     )
+
+
+def _positions(dataset: datasets.Dataset) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+    """[D + 1], where each document's prompts begin among all of them; and [P] bool, as in `Contexts`."""
+    counted, prompts = [], [0]
+    for labels in dataset["labels"]:
+        bearing = np.asarray(labels[1:]) != IGNORE_INDEX
+        read = bearing[: int(bearing.nonzero()[0].max(initial=-1)) + 1]
+        counted.append(read)
+        prompts.append(len(read) - int(read.sum()))
+    return np.cumsum(prompts), torch.from_numpy(np.concatenate(counted))
+
+
+def attention_window(config: Any) -> int | None:
+    """How many positions a token's attention reads at most, its own among them; None where some layer reads all.
+
+    In a model whose layers differ, one that reads the whole document decides: through it every position reaches the
+    loss. Linear attention and state-space layers read the whole document too.
+    """
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if kinds == {"chunked_attention"}:
+        raise UserError(
+            f"unit: got 'context', but all layers of {config.model_type} attend within chunks; use 'document'"
+        )
+    window = getattr(config, "sliding_window", None)
+    if kinds != {"sliding_attention"} or not getattr(config, "use_sliding_window", True):
+        return None
+    return window if isinstance(window, int) and window > 0 else None
 
 
 class _Side:
@@ -126,21 +177,30 @@ class _Side:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self.counts = torch.zeros(0)
+        self.counts = torch.zeros((), dtype=torch.float64)  # [L, E] once something is added
         self._documents = 0
         # Over documents d with n_d tokens of which y_d activate an expert: sums of y_d^2, y_d n_d [L, E], and n_d^2.
         self._squares = torch.zeros((), dtype=torch.float64)
         self._products = torch.zeros((), dtype=torch.float64)
         self._sizes = 0.0
 
-    def add(self, chosen: torch.Tensor, sizes: torch.Tensor, num_experts: int) -> None:
-        """Takes in the routes [n, L, k] of whole documents of `sizes` [d] tokens; -1 is no expert."""
-        n, L = chosen.shape[:2]
-        document = torch.repeat_interleave(torch.arange(len(sizes), device=chosen.device), sizes, output_size=n)
+    def add(
+        self, chosen: torch.Tensor, mask: torch.Tensor, num_experts: int, share: torch.Tensor | None = None
+    ) -> None:
+        """Takes in the routes [n, L, k] of the positions of `mask` [d, S], whole documents; -1 is no expert.
+
+        A position counts 1, or what `share` [d, S] says.
+        """
+        L = chosen.shape[1]
+        mask = mask.to(chosen.device)
+        sizes = mask.sum(1) if share is None else share.sum(1).round().long()
+        document = mask.nonzero()[:, 0]
         place = (document[:, None] * L + torch.arange(L, device=chosen.device))[:, :, None] * (num_experts + 1)
         place = place + torch.where(chosen < 0, num_experts, chosen)
-        hits = torch.bincount(place.flatten(), minlength=len(sizes) * L * (num_experts + 1))
+        weight = None if share is None else share[mask].to(chosen.device)[:, None, None].expand_as(place).flatten()
+        hits = torch.bincount(place.flatten(), weight, minlength=len(sizes) * L * (num_experts + 1))
         hits = hits.view(len(sizes), L, num_experts + 1)[:, :, :num_experts].double().cpu()
+        self.counts = self.counts + hits.sum(0)
         length = sizes.double().cpu()
         self._squares = self._squares + (hits**2).sum(0)
         self._products = self._products + (hits * length[:, None, None]).sum(0)
@@ -166,8 +226,12 @@ class _Side:
 class _Run:
     """One model over both data sets."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, pad_token_id: int, progress: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, pad_token_id: int, progress: bool, contexts: bool = False
+    ) -> None:
         self.model = model
+        self.contexts = contexts
+        self.window = attention_window(model.config) if contexts else None
         self.recorder = RoutingRecorder(model, store_routes=True)
         self.batch_size = batch_size
         self.pad_token_id = pad_token_id
@@ -203,13 +267,9 @@ class _Run:
 
     @torch.no_grad()
     def count(
-        self,
-        name: str,
-        dataset: datasets.Dataset,
-        offsets: npt.NDArray[np.int64],
-        stored: npt.NDArray[Any] | None,
-    ) -> _Side:
-        """Counts; writes the routes in the order of the data set to `stored`."""
+        self, name: str, dataset: datasets.Dataset, offsets: npt.NDArray[np.int64], *stored: _Stored
+    ) -> tuple[_Side, _Side]:
+        """Counts, of tokens and of contexts; writes the routes in the order of the data set to `stored`."""
         device = input_device(self.model)
         # Only routing is wanted: no cache, and no logits beyond one position.
         accepted = inspect.signature(type(unwrap(self.model)).forward).parameters
@@ -218,7 +278,7 @@ class _Run:
         order = sorted(
             range(len(dataset)), key=lambda document: -lengths[document]
         )  # longest first: it needs most memory
-        side = _Side(int(offsets[-1]))
+        side, contexts = _Side(int(offsets[-1])), _Side(int(offsets[-1]))
         self.recorder.reset()
         with (
             self.recorder,
@@ -234,12 +294,17 @@ class _Run:
                 inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
                 self.model(**inputs, **options)
                 chosen = self._chosen(bearing)
-                side.add(chosen, bearing.sum(dim=1).to(chosen.device), self.num_experts)
-                if stored is not None:
-                    _store(stored, chosen.cpu().numpy(), documents, offsets)
+                side.add(chosen, bearing, self.num_experts)
+                parts = [chosen]
+                if self.contexts:
+                    read = bearing.flip(1).cummax(1).values.flip(1)
+                    contexts.add(self._chosen(read), read, self.num_experts, context_share(bearing, self.window))
+                    parts.append(self._chosen(read & ~bearing))
+                for room, part in zip(stored, parts, strict=False):
+                    room.write(part.cpu().numpy(), documents)
                 bar.update(sum(lengths[document] for document in documents))
         side.counts = self.recorder.counts.cpu()
-        return side
+        return side, contexts
 
     def _chosen(self, bearing: torch.Tensor) -> torch.Tensor:
         """[n, L, k] int64: the experts of the loss-bearing tokens of the last forward, -1 for none."""
@@ -250,12 +315,31 @@ class _Run:
         return routes.masked_fill(routes >= limits, -1)[bearing.to(routes.device)]
 
 
-def _store(
-    stored: npt.NDArray[Any], chosen: npt.NDArray[np.int64], documents: list[int], offsets: npt.NDArray[np.int64]
-) -> None:
-    chosen = chosen.astype(stored.dtype)  # -1 becomes the largest number
-    begin = 0
-    for document in documents:
-        low, high = offsets[document], offsets[document + 1]
-        stored[low:high] = chosen[begin : begin + high - low]
-        begin += high - low
+def context_share(bearing: torch.Tensor, window: int | None) -> torch.Tensor:
+    """[B, S] float64: how much each position is of the contexts' means, added up over the contexts that hold it.
+
+    Documents begin at position 0: padding is on the right.
+    """
+    B, S = bearing.shape
+    length = torch.arange(1, S + 1, device=bearing.device).clamp(min=1, max=window)
+    share = bearing / length.double()
+    ended = torch.zeros(B, S + 1, dtype=torch.float64, device=bearing.device)
+    if window is not None and window < S:
+        ended[:, : S - window] = share[:, window:]
+    return (share - ended[:, :S]).flip(1).cumsum(1).flip(1)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Room for the routes of all documents, in the order of the data set."""
+
+    room: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+
+    def write(self, chosen: npt.NDArray[np.int64], documents: list[int]) -> None:
+        chosen = chosen.astype(self.room.dtype)  # -1 becomes the largest number
+        begin = 0
+        for document in documents:
+            low, high = self.offsets[document], self.offsets[document + 1]
+            self.room[low:high] = chosen[begin : begin + high - low]
+            begin += high - low

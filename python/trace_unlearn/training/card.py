@@ -134,7 +134,9 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
         return ""
     told = {
         "rule": calibration.get("rule"),
+        "unit of a weight": calibration.get("unit"),
         "effective sample size": calibration.get("ess"),
+        "effective sample size of the units": calibration.get("unit_ess"),
         "largest weight allowed": calibration.get("max_weight"),
         "forget-critical experts a layer, at most": calibration.get("experts_per_layer"),
         "SHA-256 of the calibration": calibration.get("sha256"),

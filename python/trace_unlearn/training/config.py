@@ -7,6 +7,7 @@ import math
 
 from trace_unlearn.checks import check_integers, check_numbers, check_word
 from trace_unlearn.errors import UserError
+from trace_unlearn.routing.statistics import UNITS
 from trace_unlearn.training.objectives import OBJECTIVES, Knobs, Objective
 
 WEIGHTINGS = ("reference", "live", "uniform")
@@ -43,6 +44,8 @@ class TraceConfig:
         weighting: "reference": each retain token has the weight that the original model's routing gave it, stored in
             the dataset; "live": the routing of this very forward decides; "uniform": all tokens weigh the same.
             "finetune" is always uniform.
+        unit: whose routing a weight looks at, as `calibrate` has it: "token", "context" or "document". None takes what
+            the calibration was made with; another than that is refused.
         retain_per_forget: retain documents a forget document; for "finetune", documents a position of the batch.
         anchor: weight of the SEUF anchor loss, which keeps the forget tokens on `anchor_experts`; 0 for none. For the
             SEUF baseline and combinations with it, where only these experts are trained.
@@ -72,6 +75,7 @@ class TraceConfig:
     steering: float = 2.0
     retain_loss: str = "nll"
     weighting: str = "reference"
+    unit: str | None = None
     retain_per_forget: int = 1
     anchor: float = 0.0
     anchor_experts: tuple[tuple[int, int], ...] = ()
@@ -88,6 +92,8 @@ class TraceConfig:
         check_word("objective", self.objective, OBJECTIVES)
         check_word("weighting", self.weighting, WEIGHTINGS)
         check_word("retain_loss", self.retain_loss, RETAIN_LOSSES)
+        if self.unit is not None:
+            check_word("unit", self.unit, UNITS)
         if self.beta is None:
             object.__setattr__(self, "beta", self.method.beta)
         check_numbers(self, "gamma", "alpha", "beta2", "anchor")

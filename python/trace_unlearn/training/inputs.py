@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -30,6 +32,18 @@ def check_arguments(args: TrainingArguments, config: TraceConfig) -> None:
     ):
         if getattr(args, name):
             raise UserError(f"{name}: got {getattr(args, name)}, allowed is to leave it unset: {reason}")
+
+
+def with_unit(config: TraceConfig, calibration: Calibration | None) -> TraceConfig:
+    """The configuration with the calibration's unit, for the record; UserError where it asks for another."""
+    if calibration is None or not config.routes_weigh:
+        return config
+    if config.unit is not None and config.unit != calibration.unit:
+        raise UserError(
+            f"unit: got {config.unit!r}, but the calibration was made with unit {calibration.unit!r}; calibrate again "
+            f"with unit {config.unit!r}, or leave it unset to take what the calibration has"
+        )
+    return dataclasses.replace(config, unit=calibration.unit)
 
 
 def used_sets(config: TraceConfig, **sets: datasets.Dataset | None) -> list[datasets.Dataset | None]:

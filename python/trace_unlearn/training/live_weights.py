@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+from trace_unlearn.calibration.averages import unit_means
 from trace_unlearn.calibration.weights import Calibration
 from trace_unlearn.routing.recorder import RoutingRecorder
 
@@ -14,7 +15,8 @@ class LiveWeights:
     """A context manager; inside it `weights()` gives the weights [B, S] of the model's last forward, float32.
 
     Position t's weight belongs to the loss of predicting the token at t + 1. They are constants: no gradient flows
-    through them.
+    through them. A unit that needs the rest of the document costs no second forward: the scores of all positions are
+    there when the forward ends, and the loss asks for the weights after that.
     """
 
     def __init__(self, model: torch.nn.Module, calibration: Calibration) -> None:
@@ -32,8 +34,14 @@ class LiveWeights:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def weights(self) -> torch.Tensor:
-        scores = self._scores.token_scores
-        assert scores is not None
-        hits = None if self._hits is None else self._hits.token_scores
-        return self._calibration.weight_from_score(scores, hits).float()
+    def weights(self, counted: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Of the last forward, whose tokens `counted` [B, S] bear loss, and `attended` [B, S] are no padding."""
+        calibration = self._calibration
+
+        def means(scores: torch.Tensor | None) -> torch.Tensor:
+            assert scores is not None
+            masks = (mask.to(scores.device) != 0 for mask in (counted, attended))
+            return unit_means(scores, calibration.unit, *masks, calibration.choices.get("attention_window"))
+
+        hits = None if self._hits is None else means(self._hits.token_scores)
+        return calibration.weight_from_score(means(self._scores.token_scores), hits).float()

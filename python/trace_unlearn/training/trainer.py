@@ -25,7 +25,7 @@ from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.early_stop import EarlyStop
 from trace_unlearn.training.experts import check_masks
 from trace_unlearn.training.forward import Forward, ReferenceRows, Seen
-from trace_unlearn.training.inputs import check_arguments, held_out, pad_token_id, used_sets, weighted
+from trace_unlearn.training.inputs import check_arguments, held_out, pad_token_id, used_sets, weighted, with_unit
 from trace_unlearn.training.live_weights import LiveWeights
 from trace_unlearn.training.log_window import LogWindow
 from trace_unlearn.training.objectives import distance, weighted_mean, weighted_nll
@@ -43,7 +43,6 @@ class StepTotals:
     forget_tokens: torch.Tensor
     forget_documents: torch.Tensor
     retain_tokens: torch.Tensor
-    retain_weight: torch.Tensor
 
     def share(self, bearing: torch.Tensor, is_forget: torch.Tensor, is_retain: torch.Tensor) -> torch.Tensor:
         """How much of the step a micro-batch is: its share of the counted tokens. All of them add up to 1."""
@@ -54,7 +53,7 @@ class StepTotals:
 class TraceTrainer(WholeCheckpoints):
     r"""Makes a model forget one set of documents and keep another.
 
-    .. math:: L = \gamma\, L_\text{forget} + \alpha\, \frac{\sum_t w_t\,\text{nll}_t}{\sum_t w_t}
+    .. math:: L = \gamma\, L_\text{forget} + \frac{\alpha}{N} \sum_t w_t\,\text{nll}_t
 
     A transformers Trainer: what is ordinary (optimiser, schedule, precision, clipping, logging, saving, distribution)
     is set in `args` as always. What differs:
@@ -64,6 +63,9 @@ class TraceTrainer(WholeCheckpoints):
       batch. The loss comes from hidden states without logits.
     - The loss of a step is the same however the step is split into micro-batches and processes: what it divides by is
       summed over the whole step. An epoch is one pass over the forget set.
+    - N is the number of the step's counted retain tokens, never the sum of their weights: these have mean 1 over the
+      retain set, so the loss is that set's weighted one on average, and a document weighs what it was given, also
+      where it is alone in its step.
     - Which documents a step sees depends on `args.data_seed` (or `args.seed`) and its number only.
     - `train(resume_from_checkpoint=True)` goes on from the last complete checkpoint, removes a half-written one, and
       starts from the beginning when there is none.
@@ -123,7 +125,7 @@ class TraceTrainer(WholeCheckpoints):
         callbacks: list[TrainerCallback] | None = None,
         **options: Any,
     ) -> None:
-        self.trace_config = config = config or TraceConfig()
+        self.trace_config = config = with_unit(config or TraceConfig(), calibration)
         check_arguments(args, config)
         self.calibration, self._joint_forward = calibration, joint_forward
         forget, retain, alternate = used_sets(config, forget=forget, retain=retain, alternate=alternate)
@@ -246,12 +248,11 @@ class TraceTrainer(WholeCheckpoints):
             self.control.should_training_stop = True
             num_batches = 0
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
             bearing = loss_bearing(batch["labels"], batch["attention_mask"]).to(device)
             forget, retain = (bearing[batch[f"{name}_index"].to(device) >= 0] for name in ("forget", "retain"))
-            weight = _stored_weight(batch, bearing)[batch["retain_index"].to(device) >= 0].double()
-            totals += torch.stack([forget.sum(), forget.any(-1).sum(), retain.sum(), weight.sum()])
+            totals += torch.stack([forget.sum(), forget.any(-1).sum(), retain.sum()])
         totals = self.accelerator.reduce(totals, "sum")
         return batches, StepTotals(*totals.float().unbind())
 
@@ -301,10 +302,8 @@ class TraceTrainer(WholeCheckpoints):
                 loss = loss + config.anchor * values["anchor_loss"]
         if config.method.uses_retain and is_retain.any():
             mask, weight = bearing[is_retain], self._retain_weight(inputs, bearing)[is_retain]
-            # Live weights have mean 1 over the original model's retain tokens; their sum over the step is not known.
-            normalizer = totals.retain_weight if self._live is None else totals.retain_tokens
             values["retain_loss"] = weighted_mean(
-                self._retain_losses(seen, reference, is_retain, mask), weight, normalizer
+                self._retain_losses(seen, reference, is_retain, mask), weight, totals.retain_tokens
             )
             loss = loss + config.alpha * values["retain_loss"]
             if seen.log_probs is not None:
@@ -334,7 +333,7 @@ class TraceTrainer(WholeCheckpoints):
             found -= bearing * is_forget[:, None] * (config.gamma / totals.forget_tokens.clamp(min=1))
         if config.method.uses_retain and config.retain_loss == "nll":
             weight = _stored_weight(inputs, bearing) * is_retain[:, None]
-            found += weight * (config.alpha / totals.retain_weight.where(totals.retain_weight != 0, 1.0))
+            found += weight * (config.alpha / totals.retain_tokens.clamp(min=1))
         return found
 
     def _retain_losses(
@@ -354,7 +353,7 @@ class TraceTrainer(WholeCheckpoints):
     def _retain_weight(self, inputs: dict[str, torch.Tensor], bearing: torch.Tensor) -> torch.Tensor:
         """[B, S] float32, 0 where no loss is borne; rows of forget documents do not matter."""
         if self._live is not None:
-            return self._live.weights().to(bearing.device).where(bearing, 0.0)
+            return self._live.weights(bearing, inputs["attention_mask"]).to(bearing.device).where(bearing, 0.0)
         return _stored_weight(inputs, bearing)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -11,7 +11,7 @@ from trace_unlearn.calibration.calibrate import calibrate, check_settings
 from trace_unlearn.calibration.selection import Selection
 from trace_unlearn.calibration.top_tokens import heaviest_of_profile
 from trace_unlearn.checks import check_integers
-from trace_unlearn.routing.statistics import RoutingStatistics
+from trace_unlearn.routing.statistics import DEFAULT_UNIT, RoutingStatistics
 
 MAKES = "calibration"
 PLACES = ("profile", "output")
@@ -26,6 +26,8 @@ class CalibrateOptions:
         output: the folder to write; must not exist.
         rule: how weights follow from frequencies: "balance", "additive", "product", "ratio" or "uniform"; or the
             control "shuffled".
+        unit: whose routing a weight looks at: "token" (its own), "context" (the mean of what its loss reads)
+            or "document" (the mean of its document's).
         experts_per_layer: at most so many forget-critical experts a layer; null for all that qualify.
         tau: an expert qualifies from tau times the activation of a perfectly even routing on.
         rank: what the most critical experts are: those of the highest "log_ratio" (f log(f / r)), "difference" (f - r),
@@ -43,6 +45,7 @@ class CalibrateOptions:
     profile: str = "profile"
     output: str = "calibration"
     rule: str = "balance"
+    unit: str = DEFAULT_UNIT
     experts_per_layer: int | None = 4
     tau: float = 1.0
     rank: str = "log_ratio"
@@ -57,7 +60,7 @@ class CalibrateOptions:
 
 def check(options: CalibrateOptions) -> None:
     """UserError for what can be told from the options alone."""
-    check_settings(options.rule, options.min_ess, options.max_weight, options.ridge)
+    check_settings(options.rule, options.unit, options.min_ess, options.max_weight, options.ridge)
     Selection(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Selection)})
     check_integers(options, show_tokens=0)
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trace_unlearn import files
-from trace_unlearn.checks import check_integers
+from trace_unlearn.checks import check_integers, check_word
 from trace_unlearn.routing.profile import profile_routing
+from trace_unlearn.routing.statistics import DEFAULT_UNIT, UNITS
 from trace_unlearn.sources.data import asked, check_disjoint, check_positions, check_template, load_tokens
 from trace_unlearn.sources.encoding import DATE
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
@@ -32,6 +33,7 @@ class ProfileOptions:
         forget_limit: use only that many forget documents.
         retain_limit: use only that many retain documents.
         batch_size: documents a forward.
+        unit: that of `calibrate`: "context" also stores the routes of the prompts, which its weights look at.
         dtype: of the model's weights: "auto" (as the checkpoint says), "float32", "bfloat16" or "float16".
         device: such as "cuda", "cuda:1" or "cpu"; by default a GPU where there is one.
     """
@@ -45,6 +47,7 @@ class ProfileOptions:
     forget_limit: int | None = None
     retain_limit: int | None = None
     batch_size: int = 8
+    unit: str = DEFAULT_UNIT
     dtype: str = "auto"
     device: str | None = None
 
@@ -52,6 +55,7 @@ class ProfileOptions:
 def check(options: ProfileOptions) -> None:
     """UserError for what can be told from the options alone."""
     check_integers(options, batch_size=1)
+    check_word("unit", options.unit, UNITS)
     check_placement(options.dtype, options.device)
     check_template(options.question_template)
 
@@ -83,6 +87,7 @@ def main(options: ProfileOptions, say: Callable[[str], None] = print) -> None:
         output=options.output,
         source=source,
         overlap=overlap,
+        unit=options.unit,
     )
     say(
         f"{stats.forget_tokens} forget and {stats.retain_tokens} retain tokens, {stats.forget_counts.shape[0]} MoE "

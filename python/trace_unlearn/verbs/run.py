@@ -20,6 +20,7 @@ from trace_unlearn.checks import meant
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import at_home, digest_of, read_json, refuse_existing, to_json, write_json
 from trace_unlearn.reporting.model_card import write_evaluated
+from trace_unlearn.routing.statistics import DEFAULT_UNIT
 from trace_unlearn.sources.model import is_moe
 from trace_unlearn.sources.records import check_source
 from trace_unlearn.values import flatten
@@ -290,6 +291,8 @@ def _steps(options: RunOptions) -> list[Step]:
             "output": str(output),
         },
     }
+    if options.calibrate.get("unit", DEFAULT_UNIT) == "context":
+        given["profile"]["unit"] = "context"
     for name in ("forget", "retain"):
         _check_source(getattr(options, name), name)
     inputs = {

@@ -237,9 +237,7 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
         **prints,
         "asked": asked(*sets.values()),
         "experts": [list(pair) for pair in config.anchor_experts],
-        "calibration": None
-        if calibration is None
-        else {"sha256": digest, "rule": calibration.rule, "ess": calibration.ess, **calibration.choices},
+        "calibration": None if calibration is None else {"sha256": digest, **calibration.facts()},
     }
     planned, stored = _precision(options, model_config)
     found = {"bf16": planned.arguments["bf16"], **_pace(options, config, model_config, sets)}

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_statistics import frequencies, hit_matrix, statistics
 
-from trace_unlearn.calibration import balance as balance_module
 from trace_unlearn.calibration import patterns as patterns_module
 from trace_unlearn.calibration.balance import DISTANCES, balance
 from trace_unlearn.calibration.calibrate import calibrate, select_experts
@@ -94,7 +93,7 @@ def scipy_weights(a, f, ridge):
 
 def test_many_patterns_against_a_general_solver(monkeypatch):
     """Also where Newton sees a sample of the patterns only."""
-    monkeypatch.setattr(balance_module, "_SAMPLE", 1000)
+    monkeypatch.setattr(patterns_module, "_SAMPLE", 1000)
     stats = statistics(N=20_000, L=4, E=16, k=4, skew=1.0, forget_tokens=10_000)
     found = calibrate(stats, min_ess=0.0, max_weight=1e6, ridge=1e-4)
     a = hit_matrix(stats, found.selected).numpy()

@@ -35,7 +35,8 @@ def test_the_first_loss_is_its_formula(tmp_path):
     names = ("loss", "forget_loss", "retain_loss", "retain_nll")
     found = dict(zip(names, history(trained, *names)[0].tolist(), strict=True))
     forget_loss = -sum(nll["forget"]) / len(nll["forget"])
-    retain_loss = sum(w * n for w, n in zip(weights, nll["retain"], strict=True)) / sum(weights)
+    retain_loss = sum(w * n for w, n in zip(weights, nll["retain"], strict=True)) / len(weights)
+    assert abs(sum(weights) / len(weights) - 1) > 0.1  # so a division by their sum would show
     assert found["forget_loss"] == pytest.approx(forget_loss, rel=1e-4)
     assert found["retain_loss"] == pytest.approx(retain_loss, rel=1e-4)
     assert found["retain_nll"] == pytest.approx(sum(nll["retain"]) / len(weights), rel=1e-4)
@@ -84,9 +85,9 @@ def test_gradients_are_those_of_the_formula_on_logits(case, frozen, tmp_path):
         original[mask.mask] = mask.hidden.double()
         wanted = (original @ before.T).log_softmax(-1)[:, :-1].detach()
         losses = (wanted.exp() * (wanted - log_softmax)).sum(-1)
-        expected = expected + 1.3 * (losses * weight)[kept].sum() / weight[kept].sum()
+        expected = expected + 1.3 * (losses * weight)[kept].sum() / bearing[kept].sum()
     elif case != "grad_ascent":
-        expected = expected + 1.3 * (nll * weight)[kept].sum() / weight[kept].sum()
+        expected = expected + 1.3 * (nll * weight)[kept].sum() / bearing[kept].sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     for name, parameter in model.named_parameters():
@@ -96,6 +97,32 @@ def test_gradients_are_those_of_the_formula_on_logits(case, frozen, tmp_path):
     if case != "grad_ascent":
         mean = nll[kept].sum() / bearing[kept].sum()
         assert trained._log_window.close(trained.accelerator)["retain_nll"] == pytest.approx(mean.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("retained", [1, 2, 4, 8, 32])
+def test_a_document_weighs_what_it_was_given_however_many_a_step_holds(retained, tmp_path):
+    """Divided by the sum of the step's weights, one a step would weigh 1 whatever it was given."""
+    retain = documents(32, 2).map(
+        lambda row, i: {"token_weight": [2.5 if i % 4 == 0 else 0.5] * len(row["labels"])}, with_indices=True
+    )
+    config = TraceConfig(retain_per_forget=min(retained, 4))
+    batch = max(1, retained // 4)
+    trained = trainer(tmp_path, config=config, retain=retain, per_device_train_batch_size=batch, max_steps=100)
+    trained.state.max_steps = 100
+    batches = iter(trained.get_train_dataloader())
+    found, even = (torch.zeros(2) for _ in range(2))
+    for _ in range(10 // batch):
+        (rows,), totals = trained.get_batch_samples(batches, 1, trained.args.device)
+        bearing = loss_bearing(rows["labels"], rows["attention_mask"])
+        is_forget, is_retain = rows["forget_index"] >= 0, rows["retain_index"] >= 0
+        assert totals.retain_tokens == bearing[is_retain].sum()
+        coefficient = trained._coefficient(rows, bearing, is_forget, is_retain, totals)  # of each token's NLL
+        heavy = rows["retain_index"] % 4 == 0
+        for group, chosen in enumerate((is_retain & heavy, is_retain & ~heavy)):
+            found[group] += coefficient[chosen].sum()
+            even[group] += bearing[chosen].sum() / totals.retain_tokens
+    weight = (found / even)[even > 0]
+    assert weight.tolist() == pytest.approx(torch.tensor([2.5, 0.5])[even > 0].tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["grad_diff", "npo"])

@@ -72,12 +72,16 @@ class _Retain(FusedTrainer):
         return super()._prepare_ref_model(model)  # type: ignore[misc]
 
     def compute_retain_loss(self, model: Any, retain_inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """open-unlearning's, weighted; also for subclasses with a forget loss of their own."""
+        """open-unlearning's, weighted; also for subclasses with a forget loss of their own.
+
+        It divides by the number of tokens, as without weights, and not by their sum: that would bring a batch of one
+        document to the weight 1, whatever it was given.
+        """
         weight, mask = self._retain_weight(retain_inputs)
         if self.retain_loss_type == "NLL":
 
             def nll(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
-                return tk.linear_cross_entropy(hidden, head, target, weight, **options)
+                return tk.linear_cross_entropy(hidden, head, target, weight, normalizer=mask.sum(), **options)
 
             return self.ask(model, retain_inputs, nll)  # type: ignore[no-any-return]
         reference = self._reference_states(retain_inputs)
@@ -85,7 +89,7 @@ class _Retain(FusedTrainer):
         weight = weight.where(mask, 1.0)
 
         def kl(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
-            return tk.linear_kl(hidden, head, *reference, weight, **_of_logits(options))
+            return tk.linear_kl(hidden, head, *reference, weight, normalizer=weight.numel(), **_of_logits(options))
 
         return self.ask(model, retain_inputs, kl)  # type: ignore[no-any-return]
 
