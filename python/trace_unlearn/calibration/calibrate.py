@@ -152,9 +152,8 @@ def calibrate(
     table, hit_table = (torch.zeros(L, E, dtype=torch.float32) for _ in range(2))
     table[selected[:, 0], selected[:, 1]] = values.float()
     hit_table[selected[:, 0], selected[:, 1]] = 1.0
-    made = Made(
-        unit, hits, stats.retain_offsets, None if contexts is None else contexts.counted, contexts and contexts.window
-    )
+    counted, window = (None, None) if contexts is None else (contexts.counted, contexts.window)
+    made = Made(unit, hits, stats.retain_offsets, counted, window)
     outcome = matching(weights, f, made)
     _check_outcome(weights, outcome, min_ess, max_weight)
     notes += _diagnose(rule, outcome, f, r, weights, stats.retain_offsets, ridge_used, ridge, min_ess)
@@ -175,10 +174,10 @@ def calibrate(
         token_weight=weights,
         retain_offsets=stats.retain_offsets.clone(),
         hits=hits,
-        counted=None if contexts is None else contexts.counted,
+        counted=counted,
         retain_fingerprint=str(stats.meta.get("retain_fingerprint", "")),
         choices={
-            **({} if contexts is None else {"attention_window": contexts.window}),
+            **({} if contexts is None else {"attention_window": window}),
             "min_ess": min_ess,
             "max_weight": max_weight,
             **dataclasses.asdict(selection),

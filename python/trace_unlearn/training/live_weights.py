@@ -40,8 +40,8 @@ class LiveWeights:
 
         def means(scores: torch.Tensor | None) -> torch.Tensor:
             assert scores is not None
-            masks = (mask.to(scores.device) != 0 for mask in (counted, attended))
-            return unit_means(scores, calibration.unit, *masks, calibration.choices.get("attention_window"))
+            bearing, real = (mask.to(scores.device) != 0 for mask in (counted, attended))
+            return unit_means(scores, calibration.unit, bearing, real, calibration.choices.get("attention_window"))
 
         hits = None if self._hits is None else means(self._hits.token_scores)
         return calibration.weight_from_score(means(self._scores.token_scores), hits).float()
