@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 
+from trace_unlearn.calibration.fallen import HeavyDocument, Kind, heaviest_documents, weight_by_kind
 from trace_unlearn.calibration.weights import Calibration
 from trace_unlearn.errors import UserError
 from trace_unlearn.sources.data import fingerprint, load_tokens
@@ -54,8 +55,16 @@ def heaviest_tokens(
     return found
 
 
-def heaviest_of_profile(calibration: Calibration, meta: dict[str, Any], count: int) -> list[HeavyToken]:
-    """What `heaviest_tokens` gives, from the data and with the tokenizer that the profile's `meta` names.
+class Shown(NamedTuple):
+    """What the weights fall on."""
+
+    kinds: list[Kind]
+    documents: list[HeavyDocument]
+    tokens: list[HeavyToken]
+
+
+def heaviest_of_profile(calibration: Calibration, meta: dict[str, Any], count: int) -> Shown:
+    """What the weights fall on, from the data and with the tokenizer that the profile's `meta` names.
 
     Raises:
         UserError: the profile was not made by the verb, or its data is no longer there or another.
@@ -71,4 +80,8 @@ def heaviest_of_profile(calibration: Calibration, meta: dict[str, Any], count: i
         limit=source["retain_limit"],
         question_template=source.get("question_template"),
     )
-    return heaviest_tokens(calibration, retain, tokenizer, count)
+    return Shown(
+        weight_by_kind(calibration, retain, tokenizer),
+        heaviest_documents(calibration, retain, tokenizer, count),
+        heaviest_tokens(calibration, retain, tokenizer, count),
+    )

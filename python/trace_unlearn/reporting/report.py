@@ -165,14 +165,28 @@ def intervals(page: Page, calibration: Calibration) -> None:
 
 
 def heaviest(page: Page, stats: RoutingStatistics, calibration: Calibration, count: int) -> None:
-    """The retain tokens with the largest weights, as text, if the data is still where profile read it."""
+    """What the weights fall on: kinds, documents and tokens, if the data is still where profile read it."""
+    from trace_unlearn.calibration.fallen import avoided
     from trace_unlearn.calibration.top_tokens import heaviest_of_profile
 
     try:
-        tokens = heaviest_of_profile(calibration, stats.meta, count)
+        kinds, documents, tokens = heaviest_of_profile(calibration, stats.meta, count)
     except UserError as error:
         page.paragraph(f"The retain tokens with the largest weights cannot be shown: {error}.")
         return
+    page.table(
+        "Mean weight by kind of the token that is predicted",
+        ["kind", "share of the tokens", "mean weight"],
+        [[kind.name, f"{kind.share:.0%}", kind.weight] for kind in kinds],
+    )
+    if (sentence := avoided(kinds)) is not None:
+        page.paragraph(sentence)
+    page.table(
+        "Retain documents with the largest mean weights",
+        ["document", "weight", "text"],
+        [[str(document.document), document.weight, document.text] for document in documents],
+        text=True,
+    )
     page.table(
         "Retain tokens with the largest weights, in brackets",
         ["document", "weight", "text"],

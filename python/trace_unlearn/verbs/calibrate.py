@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from trace_unlearn import files
 from trace_unlearn.calibration.calibrate import calibrate, check_settings
+from trace_unlearn.calibration.fallen import table_of_kinds
 from trace_unlearn.calibration.selection import Selection
 from trace_unlearn.calibration.top_tokens import heaviest_of_profile
 from trace_unlearn.checks import check_integers
@@ -38,8 +39,8 @@ class CalibrateOptions:
         min_ess: the least effective sample size of the weights, as a share of the retain tokens.
         max_weight: the largest weight; the mean is 1.
         ridge: how much mismatch "balance" trades for even weights when the bounds allow everything.
-        show_tokens: print so many of the retain tokens with the largest weights, in their context; reads the retain
-            data again.
+        show_tokens: print what the weights fall on: the mean weight by kind of token, and so many of the retain
+            documents and tokens with the largest weights; reads the retain data again.
     """
 
     profile: str = "profile"
@@ -77,6 +78,9 @@ def main(options: CalibrateOptions, say: Callable[[str], None] = print) -> None:
     found.save(options.output)
     say(f"written to {options.output}")
     if options.show_tokens:  # last: the retain data may be gone by now, and the weights are not to go with it
-        heaviest = heaviest_of_profile(found, stats.meta, options.show_tokens)
-        head = f"the {len(heaviest)} retain tokens with the largest weights, in brackets:"
-        say("\n".join([head, *map(str, heaviest)]))
+        shown = heaviest_of_profile(found, stats.meta, options.show_tokens)
+        say(table_of_kinds(shown.kinds))
+        head = f"the {len(shown.documents)} retain documents with the largest mean weights:"
+        say("\n".join([head, *map(str, shown.documents)]))
+        head = f"the {len(shown.tokens)} retain tokens with the largest weights, in brackets:"
+        say("\n".join([head, *map(str, shown.tokens)]))

@@ -17,6 +17,7 @@ from trace_unlearn.integrations.open_unlearning.fused import FusedTrainer, label
 from trace_unlearn.integrations.open_unlearning.hidden import fused_loss_of
 from trace_unlearn.integrations.open_unlearning.versions import bridged
 from trace_unlearn.routing.profile import profile_routing
+from trace_unlearn.routing.statistics import DEFAULT_UNIT
 from trace_unlearn.sources.encoding import IGNORE_INDEX
 from trace_unlearn.training.objectives import ce_u, distance, dpo, npo, satimp, simnpo, undial, wga
 
@@ -36,6 +37,7 @@ class _Retain(FusedTrainer):
 
     Args:
         weights: the rule of `trace_unlearn.calibration.calibrate`: "balance", "product", "ratio"; "uniform" for none.
+        unit: whose routing a weight looks at, see there; None for what it does by itself.
         experts_per_layer, min_ess: see there.
         args, kwargs: of the class it stands before.
     """
@@ -48,7 +50,13 @@ class _Retain(FusedTrainer):
     retain_loss_type: str
 
     def __init__(
-        self, *args: Any, weights: str = "balance", experts_per_layer: int = 4, min_ess: float = 0.5, **kwargs: Any
+        self,
+        *args: Any,
+        weights: str = "balance",
+        unit: str | None = None,
+        experts_per_layer: int = 4,
+        min_ess: float = 0.5,
+        **kwargs: Any,
     ) -> None:
         allowed = ("NLL", "KL", "EMBED_DIFF") if self.method == "RMU" else ("NLL", "KL")
         kind = kwargs.get("retain_loss_type", "NLL")
@@ -58,7 +66,7 @@ class _Retain(FusedTrainer):
         super().__init__(*args, **kwargs)
         retains = self.alpha or self.method == "PDU"  # which raises alpha as it goes
         if self.train_dataset is not None and weights != "uniform" and retains:
-            self._weigh(weights, experts_per_layer, min_ess)
+            self._weigh(weights, DEFAULT_UNIT if unit is None else unit, experts_per_layer, min_ess)
 
     def _prepare_ref_model(self, model: Any) -> Any:
         """None where one number a forget document takes its place, or nothing reads it."""
@@ -119,7 +127,7 @@ class _Retain(FusedTrainer):
             weight[row, places] = values[len(values) - len(places) :]
         return weight.to(mask.device), mask
 
-    def _weigh(self, rule: str, experts_per_layer: int, min_ess: float) -> None:
+    def _weigh(self, rule: str, unit: str, experts_per_layer: int, min_ess: float) -> None:
         with torch.random.fork_rng(devices=[]):  # some data sets draw answers
             forget, retain = (as_dataset(getattr(self.train_dataset, name)) for name in ("forget", "retain"))
         stats = profile_routing(
@@ -129,9 +137,10 @@ class _Retain(FusedTrainer):
             batch_size=self.args.train_batch_size,
             pad_token_id=self.pad_token_id,
             progress=self.accelerator.is_main_process and not self.args.disable_tqdm,
+            unit=unit,
         )
         selected = select_experts(stats, experts_per_layer=experts_per_layer)
-        self.calibration = calibrate(stats, selected, rule=rule, min_ess=min_ess)
+        self.calibration = calibrate(stats, selected, rule=rule, unit=unit, min_ess=min_ess)
         if self.accelerator.is_main_process:
             print(self.calibration.summary())
         for row in attach_weights(retain, self.calibration):
