@@ -20,7 +20,7 @@ def test_the_retain_loss_divides_by_tokens_and_not_by_weights(kind, documents):
     model = tiny.model("qwen3_moe", 60)
     ids = torch.randint(3, 60, (documents, 9), generator=torch.Generator().manual_seed(0))
     trainer = losses._Retain.__new__(losses._Retain)
-    trainer.model, trainer.retain_loss_type = model, kind
+    trainer.model, trainer.retain_loss_type, trainer.pad_token_id = model, kind, 0
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
     fuse_loss(model)
     if kind == "KL":
@@ -31,7 +31,7 @@ def test_the_retain_loss_divides_by_tokens_and_not_by_weights(kind, documents):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def loss(weight):
-        trainer._weights = {document_key(*row): torch.full((8,), weight) for row in rows_of(batch)}
+        trainer._weights = {document_key(*row, 0): torch.full((8,), weight) for row in rows_of(batch)}
         with torch.no_grad():
             return trainer.compute_retain_loss(model, batch).item()
 

@@ -253,7 +253,7 @@ class _ForgetOnly(FusedTrainer):
     method: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = [name for name in ("weights", "experts_per_layer", "min_ess") if name in kwargs]
+        given = [name for name in ("weights", "unit", "experts_per_layer", "min_ess") if name in kwargs]
         if given:
             raise UserError(
                 f"{given[0]}: got {kwargs[given[0]]!r} for Trace{self.method}, which has no retain loss to weigh; "
