@@ -34,6 +34,7 @@ from trace_unlearn.training.pairs import check_alternates
 from trace_unlearn.training.trainable import LoraOptions, add_lora, train_only
 from trace_unlearn.training.trainer import TRACE, TraceTrainer
 from trace_unlearn.verbs.lock import LOCK, alone
+from trace_unlearn.verbs.memory import HALF, PlanOptions, memory_of, trained_in
 from trace_unlearn.verbs.train_options import RENAMED, TrainOptions, check, known_names, logs_of, training_arguments
 from trace_unlearn.versions import versions
 
@@ -247,8 +248,6 @@ def _read(options: TrainOptions, config: TraceConfig) -> _Inputs:
 
 def _precision(options: TrainOptions, model_config: PreTrainedConfig) -> tuple[TrainOptions, torch.dtype | None]:
     """The options with the dtype that weights are trained in, and the dtype to write; None as they come."""
-    from trace_unlearn.verbs.plan import HALF, PlanOptions, memory_of, trained_in  # which reads what `run` reads
-
     stored: Any = model_config.dtype
     if stored is None or getattr(model_config, "quantization_config", None) is not None:
         return options, None
