@@ -145,7 +145,7 @@ from trace_unlearn.training import checkpoints
 from trace_unlearn.verbs.train import TrainOptions, main
 from trace_unlearn.training.trainer import TraceTrainer
 
-def die(*args):
+def die(*args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def in_a_step(number):
@@ -224,7 +224,7 @@ def test_refusals(files, tmp_path, monkeypatch):
     for given, message in (
         ({"retain_eval": files["retain"]}, "retain_eval: got .*, but nothing is measured on it"),
         ({"retain_eval": files["retain"], "best_forget_nll": 9.0}, "retain_eval: 30 of its 30 rows are in retain too"),
-        ({"save_steps": 0, "best_forget_nll": 9.0}, "save_steps: got 0, but best_forget_nll chooses"),
+        ({"save_steps": 0, "best_forget_nll": 9.0}, "save_steps: got 0, allowed are integers from 1"),
     ):
         with pytest.raises(UserError, match=message):
             main(options(files, tmp_path / "out", **given))
