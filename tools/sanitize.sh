@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (every conformance case of the cpu backend on the
 # best instruction set of this machine, those that reach the edges of tiles on every other one), then the cases that use
-# several threads under ThreadSanitizer.
+# several threads under ThreadSanitizer; at last the CUDA kernels, whose threads are fibres of ThreadSanitizer.
 # Usage: tools/sanitize.sh [python]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -64,3 +64,7 @@ echo "ThreadSanitizer, TRACE_KERNELS_ISA=$isa"
 (cd "$WORK" && TRACE_KERNELS_ISA=$isa OMP_NUM_THREADS=4 LD_PRELOAD=$(library libtsan.so) \
   TSAN_OPTIONS="suppressions=$WORK/suppressions exitcode=66" setarch -R "$PYTHON" own_threads.py "${TESTS[@]}" \
   -k "test_backend_is_right and cpu-cpu and (tiles or tail or many_tokens or full or groups or record)")
+
+echo "CUDA kernels under ThreadSanitizer"
+unset PYTHONPATH
+TRACE_KERNELS_RACES=1 PYTHONPATH=$ROOT:$ROOT/python "$PYTHON" -m pytest -q -x -n "${JOBS:-2}" -p no:cacheprovider tests/kernels/cuda/test_races.py

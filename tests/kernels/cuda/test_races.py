@@ -16,6 +16,7 @@ from emulated import HERE, RACES, ROOT, THREADS, build, preload
 FOLDER = ROOT / "build" / "cuda-emulation"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif("TRACE_KERNELS_RACES" not in os.environ, reason="takes minutes: tools/sanitize.sh runs it"),
     pytest.mark.skipif(shutil.which("g++") is None or shutil.which("setarch") is None, reason="no g++ or no setarch"),
 ]
 threads = pytest.mark.skipif(
