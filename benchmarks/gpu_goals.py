@@ -141,6 +141,9 @@ def goals(sizes: dict[str, int]) -> list[Goal]:
         linear("kl_frozen", "linear_kl", 26.0, 3,
                lambda i: Call(kl(i), differentiable=(0,), constant=(1, 2, 3))),
     ]  # fmt: skip
+    if "linear_token_stats" in discover():
+        stats = linear("token_stats", "linear_token_stats", 7.5, 1, lambda i: Call(log_prob(i), constant=(0, 1)))
+        found.insert(4, stats)
     T, V = sizes["T"], sizes["V"]
     # The logits are made anew for each call of this, which overwrites them.
     found.append(

@@ -61,7 +61,7 @@ def test_planned_times_are_within_their_goals_and_the_host_keeps_up():
     from benchmarks.traffic import GOALS, rows
 
     found = [row for row in rows() if row[0] in GOALS]
-    assert len(found) == 4 * 6
+    assert len(found) >= 4 * 6
     assert [row[:3] for row in found if row[4].seconds > GOALS[row[0]] * row[3]] == []
     # Half of the planned time at the most.
     assert [row[:3] for row in found if row[4].host_seconds > 0.5 * row[4].seconds] == []
