@@ -1,36 +1,33 @@
 """The fused loss in other people's code: `fuse_loss` makes any Hugging Face causal LM compute its loss without logits.
 
-How: the model and its output embedding get, per instance, a subclass that changes two things. While a forward with
-labels runs, the output embedding returns `PendingLogits` (its input and a pointer to itself) in place of the [T, V]
-logits. What the model does to logits before its loss (a scale, a soft cap, a cast) is written down there instead of
-computed. The model's `loss_function` then hands hidden states, weight and what was written down to one
-`trace_kernels.linear_cross_entropy` call. Parameters, their names and the state dict stay as they are.
+How: a forward with labels runs as the forward of a view of the model: an object that shares all the model's attributes
+and differs in two. Its output embedding returns `PendingLogits` (its input and a pointer to itself) in place of the
+[T, V] logits. What the model does to logits before its loss (a scale, a soft cap, a cast) is written down there instead
+of computed. Its `loss_function` then calls the model's output embedding once, and in there hands hidden states, weight
+and what was written down to one `trace_kernels.linear_cross_entropy` call. The model's class, its head, parameters and
+state dict stay as they are, and whichever head the model has at the time of a forward is the one that is used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import inspect
-import numbers
-import types
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
-from trace_unlearn.fusion.routers import FusedRouters, fuse_routers
+from trace_unlearn.forwards import Layer, attach, detach, layer_of, wrapped_by_another
+from trace_unlearn.fusion.head import check_weight, linear_of
+from trace_unlearn.fusion.pending import PendingHead, PendingLogits
 
-__all__ = ["FusedLoss", "FusedRouters", "PendingLogits", "fuse_loss", "fuse_routers", "fused_loss_of"]
-
-_STATE = "_trace_fused_loss"
+__all__ = ["FusedLoss", "PendingLogits", "fuse_loss", "fused_loss_of"]
 
 
 def fuse_loss(model: torch.nn.Module) -> FusedLoss:
@@ -71,36 +68,37 @@ def fuse_loss(model: torch.nn.Module) -> FusedLoss:
         torch.Size([2, 6, 50])
     """
     causal_lm = _causal_lm(model)
-    head = _output_embedding(causal_lm)
-    state = _State()
-    _become(head, _pending_head(type(head)), state)
-    _become(causal_lm, _pending_model(type(causal_lm)), state)
-    return FusedLoss(causal_lm, head, state)
+    name = type(causal_lm).__name__
+    embedding = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+    check_weight(linear_of(embedding, name).weight, name)
+    path = next((path for path, module in causal_lm.named_modules() if module is embedding), None)
+    if path is None:
+        raise UserError(f"fuse_loss: the output embedding of {name} is no part of it")
+    layer = _Fused(path.split("."), _position_of_labels(causal_lm))
+    attach(causal_lm, layer)
+    return FusedLoss(causal_lm, layer)
 
 
 def fused_loss_of(model: torch.nn.Module) -> FusedLoss | None:
-    """The handle of a model that `fuse_loss` changed before, or None."""
+    """The handle of a model that `fuse_loss` changed before, or of a copy of one; otherwise None."""
     causal_lm = _base_model(model)
-    state = causal_lm.__dict__.get(_STATE)
-    return None if state is None else FusedLoss(causal_lm, causal_lm.get_output_embeddings(), state)
+    layer = layer_of(causal_lm, _Fused)
+    return None if layer is None else FusedLoss(causal_lm, layer)
 
 
 class FusedLoss:
-    """What `fuse_loss` returns. Calling it restores the model."""
+    """What `fuse_loss` returns. Calling it restores the model.
 
-    def __init__(self, model: PreTrainedModel, head: torch.nn.Linear, state: _State) -> None:
-        self._model, self._head, self._state = model, head, state
+    The contexts hold for the forwards that their thread starts, replicas of `nn.DataParallel` included.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: _Fused) -> None:
+        self._model, self._layer = model, layer
 
     def __call__(self) -> None:
-        for module in (self._model, self._head):
-            if module.__dict__.get(_STATE) is not self._state:
-                raise RuntimeError("this fused loss has been undone already")
-            if not issubclass(type(module), _Fused) or type(module).__bases__[0] is not _Fused:
-                raise RuntimeError(f"{type(module).__name__} was wrapped after fuse_loss: undo that first")
-        for module in (self._model, self._head):
-            module.__class__ = type(module).__bases__[1]
-            del module.__dict__[_STATE]
-            _point_hooks_to_the_class(module)
+        if layer_of(self._model, _Fused) is not self._layer:
+            raise RuntimeError("this fused loss has been undone already")
+        detach(self._model, self._layer)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -108,11 +106,11 @@ class FusedLoss:
 
         For evaluation code that passes labels and reads the logits.
         """
-        before, self._state.paused = self._state.paused, True
+        before, self._layer.now.paused = self._layer.now.paused, True
         try:
             yield
         finally:
-            self._state.paused = before
+            self._layer.now.paused = before
 
     @contextlib.contextmanager
     def per_token(self, function: Callable[..., Any]) -> Iterator[None]:
@@ -124,11 +122,11 @@ class FusedLoss:
         part; what it returns is a tensor or a tuple of tensors. A router's auxiliary loss must be off: it would be
         added to every position.
         """
-        before, self._state.per_token = self._state.per_token, function
+        before, self._layer.now.per_token = self._layer.now.per_token, function
         try:
             yield
         finally:
-            self._state.per_token = before
+            self._layer.now.per_token = before
 
     @contextlib.contextmanager
     def log_probs(self) -> Iterator[None]:
@@ -146,131 +144,108 @@ def _log_prob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, 
     return tk.linear_log_prob(hidden, weight, target, **options).clone()
 
 
-@dataclasses.dataclass
-class _State:
-    deferring: bool = False  # a forward with labels is running
-    paused: bool = False  # such a forward is left as it was
-    per_token: Callable[..., Any] | None = None  # what a forward with labels computes in place of the loss
+class _Now(threading.local):
+    """What the contexts of a thread ask for. The attributes exist in every thread, so that compilers guard them."""
+
+    def __init__(self) -> None:
+        self.paused = False  # a forward with labels is left as it was
+        self.per_token: Callable[..., Any] | None = None  # what such a forward computes in place of the loss
 
 
-class _Fused:
-    """Marks the subclasses made here. Their bases are (_Fused, the original class)."""
+class _Fixed:
+    """The same for a replica, which runs in another thread than the one that asked."""
+
+    def __init__(self, now: _Now | _Fixed) -> None:
+        self.paused, self.per_token = now.paused, now.per_token
 
 
-class PendingLogits:
-    """Logits that are written down and never computed: softcap(scale * (W hidden + bias)).
+class _Fused(Layer):
+    """A causal LM's forward that computes no logits where it is given labels.
 
-    It follows the operations that causal LMs apply between output embedding and loss. Anything else raises UserError.
+    Args:
+        path: where the output embedding is.
+        position: of the labels among the positional arguments.
     """
 
-    def __init__(
-        self, head: torch.nn.Linear, hidden: torch.Tensor, scale: float = 1.0, gain: float | None = None
-    ) -> None:
-        # Without tanh (gain None): scale * z. With it: gain * tanh(scale * z), a soft cap of gain on gain * scale * z.
-        self.head, self.hidden, self.scale, self.gain = head, hidden, scale, gain
+    def __init__(self, path: list[str], position: int, now: _Now | _Fixed | None = None) -> None:
+        self.path, self.position = path, position
+        self.now: _Now | _Fixed = _Now() if now is None else now
+        self._view: Any = None
+        self._parts: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
 
-    def next_token_loss(
-        self,
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None,
-        ignore_index: int,
-        num_items_in_batch: torch.Tensor | float | None,
-        per_token: Callable[..., Any] | None,
-    ) -> torch.Tensor:
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        hidden = self.hidden
-        if per_token is None:  # as ForCausalLMLoss does: both may come in any shape of the same number of positions
-            hidden, shift_labels = hidden.flatten(0, -2), shift_labels.flatten()
-        target = shift_labels.to(hidden.device)
-        options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": self.gain}
-        options["logit_scale"] = self.scale if self.gain is None else self.gain * self.scale
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Fused, (self.path, self.position)
 
-        def compute(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(weight.dtype)  # from a model that casts its logits, and so these, to float32
-            if per_token is not None:
-                return per_token(hidden, weight, target, bias=bias, **options)  # type: ignore[no-any-return]
-            return tk.linear_cross_entropy(hidden, weight, target, bias=bias, normalizer=num_items_in_batch, **options)
+    def copied(self) -> _Fused:
+        return _Fused(self.path, self.position)
 
-        # Through the module's call: hooks on it (FSDP, offloading) make the weight available only during that.
-        loss: torch.Tensor = self.head(hidden, compute)
-        return loss
+    def replica(self) -> _Fused:
+        return _Fused(self.path, self.position, _Fixed(self.now))
 
-    def _scaled(self, factor: object) -> PendingLogits:
-        if isinstance(factor, torch.Tensor) and factor.numel() == 1 and not factor.requires_grad:
-            factor = factor.item()
-        if not isinstance(factor, numbers.Real):
-            raise _unsupported("a product with something that is not a number")
-        if self.gain is None:
-            return PendingLogits(self.head, self.hidden, self.scale * float(factor))
-        return PendingLogits(self.head, self.hidden, self.scale, self.gain * float(factor))
+    def bind(self, module: torch.nn.Module) -> None:
+        if len(self.path) == 1:
+            self._view = self._view_of(module, self.path)
 
-    def __mul__(self, factor: object) -> PendingLogits:
-        return self._scaled(factor)
+    def run(self, module: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        labels = args[self.position] if len(args) > self.position else kwargs.get("labels")
+        if labels is None or self.now.paused:
+            return inner(*args, **kwargs)
+        if module.loss_function is not ForCausalLMLoss:
+            name = type(module).__name__
+            raise UserError(f"loss_function: the loss of {name} is fused; undo fuse_loss before you set another")
+        if self._view is None or any(parent._modules[name] is not child for parent, name, child in self._parts):
+            self._parts = []
+            self._view = self._view_of(module, self.path)  # of a head inside a module that was replaced
+        view = self._view
+        return _without_pending(type(view).forward(view, *args, **kwargs))
 
-    __rmul__ = __mul__
+    def _view_of(self, module: torch.nn.Module, path: list[str]) -> Any:
+        """An object that shares the attributes of `module`, but for its output embedding and loss function."""
+        name, *rest = path
+        members = {"__doc__": type(module).__doc__, "__module__": type(module).__module__}
+        if rest:
+            child = module._modules[name]
+            assert child is not None
+            inner = self._view_of(child, rest)
+            self._parts.append((module, name, child))
+            members[name] = property(lambda view: inner)
+        else:
+            model = type(module).__name__
+            members[name] = property(lambda view: _pending_head(view._modules[name], model))
+        if isinstance(module, PreTrainedModel):
+            members["loss_function"] = property(self._loss_function)
+        view = object.__new__(type(type(module).__name__, (type(module),), members))
+        object.__setattr__(view, "__dict__", module.__dict__)
+        return view
 
-    def __truediv__(self, divisor: object) -> PendingLogits:
-        if isinstance(divisor, torch.Tensor) and divisor.numel() == 1 and not divisor.requires_grad:
-            divisor = divisor.item()
-        if not isinstance(divisor, numbers.Real):
-            raise _unsupported("a division by something that is not a number")
-        return self._scaled(1.0 / float(divisor))
+    def _loss_function(self, view: Any) -> Callable[..., torch.Tensor]:
+        name, now = type(view).__name__, self.now
 
-    def tanh(self) -> PendingLogits:
-        if self.gain is not None:
-            raise _unsupported("a second tanh")
-        return PendingLogits(self.head, self.hidden, self.scale, 1.0)
+        def fused(
+            logits: PendingLogits,
+            labels: torch.Tensor | None,
+            vocab_size: int,
+            num_items_in_batch: torch.Tensor | float | None = None,
+            ignore_index: int = -100,
+            shift_labels: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            if not isinstance(logits, PendingLogits):
+                raise UserError(f"fuse_loss: {name} computes its logits without calling its output embedding")
+            return logits.next_token_loss(labels, shift_labels, ignore_index, num_items_in_batch, now.per_token)
 
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hidden.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
-
-    def __getitem__(self, index: object) -> PendingLogits:
-        raise _unsupported("indexing")
-
-    def __setitem__(self, index: object, value: object) -> None:
-        raise _unsupported("assignment")
-
-    def __add__(self, other: object) -> PendingLogits:
-        raise _unsupported("an addition")
-
-    __radd__ = __sub__ = __rsub__ = __add__
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("float", "to", "contiguous"):  # the loss is computed in float32 whatever the dtype
-            return lambda *args, **kwargs: self
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _unsupported(f".{name}")
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> PendingLogits:
-        if function in (torch.tanh, torch.Tensor.tanh) and len(args) == 1:
-            capped: PendingLogits = args[0].tanh()
-            return capped
-        if function in (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__) and len(args) == 2:
-            scaled: PendingLogits = args[0] * args[1] if isinstance(args[0], PendingLogits) else args[1] * args[0]
-            return scaled
-        raise _unsupported(getattr(function, "__name__", repr(function)))
+        return fused
 
 
-def _unsupported(what: str) -> UserError:
-    return UserError(
-        f"fuse_loss: this model applies {what} to its logits, and only scaling, casts and a tanh soft cap are known"
-    )
+def _pending_head(head: torch.nn.Module, model: str) -> PendingHead:
+    return PendingHead(head, model, linear_of(head, model).out_features)
+
+
+def _without_pending(output: Any) -> Any:
+    if isinstance(output, ModelOutput):
+        kept = {name: value for name, value in output.items() if not isinstance(value, PendingLogits)}
+        return type(output)(**kept)
+    return tuple(None if isinstance(value, PendingLogits) else value for value in output)
 
 
 def _base_model(model: Any) -> Any:
@@ -282,115 +257,18 @@ def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     name = type(causal_lm).__name__
     if not isinstance(causal_lm, PreTrainedModel):
         raise UserError(f"fuse_loss: model is a {name}, allowed is a transformers model or a peft model around one")
-    if _STATE in causal_lm.__dict__:
+    if layer_of(causal_lm, _Fused) is not None:
         raise UserError(f"fuse_loss: this {name} is fused already")
-    takes_labels = "labels" in inspect.signature(causal_lm.forward).parameters
-    if not takes_labels or causal_lm.loss_function is not ForCausalLMLoss:
+    if _position_of_labels(causal_lm) < 0 or causal_lm.loss_function is not ForCausalLMLoss:
         raise UserError(f"fuse_loss: {name} does not compute a next-token loss from labels; allowed are causal LMs")
-    _refuse_foreign_wrapper(causal_lm, f"this {name}")
+    if wrapped_by_another(causal_lm):
+        raise UserError(
+            f"fuse_loss: the forward of this {name} is replaced by another tool; fuse first, wrap then (after "
+            "accelerate's mixed precision: accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes that off)"
+        )
     return causal_lm
 
 
-def _output_embedding(model: PreTrainedModel) -> torch.nn.Linear:
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    name = type(head).__name__
-    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
-        reason = ""
-        if hasattr(head, "base_layer") or hasattr(head, "original_module"):
-            reason = ": it bears an adapter; leave the output embedding out of the adapter's targets"
-        raise UserError(
-            f"fuse_loss: the output embedding of {type(model).__name__} is a {name}, "
-            f"allowed is a torch.nn.Linear{reason}"
-        )
-    _refuse_foreign_wrapper(head, f"the output embedding of {type(model).__name__}")
-    return head
-
-
-def _refuse_foreign_wrapper(module: torch.nn.Module, what: str) -> None:
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise UserError(f"fuse_loss: the forward of {what} is replaced by another tool; fuse first, wrap then")
-
-
-def _become(module: torch.nn.Module, cls: type, state: _State) -> None:
-    module.__dict__[_STATE] = state
-    module.__class__ = cls
-    _point_hooks_to_the_class(module)
-
-
-def _point_hooks_to_the_class(module: torch.nn.Module) -> None:
-    # accelerate's hooks (device maps, offloading) replace an instance's forward by a wrapper around `_old_forward`.
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-
-
-def _subclass(cls: type, **members: Any) -> type:
-    # The name stays: save_pretrained writes it as the architecture.
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_Fused, cls), {**names, **members})
-
-
-def _pending_head(cls: type) -> type:
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, hidden: torch.Tensor, compute: Callable[..., torch.Tensor] | None = None) -> Any:
-        if compute is not None:
-            return compute(hidden, self.weight, self.bias)
-        return cls.forward(self, hidden)  # type: ignore[attr-defined]
-
-    def call(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The model's own call runs no hooks: FSDP2 shards the last norm and the head as one unit, which two calls of
-        # the head would end before its time, and its weights would be freed before their backward.
-        if getattr(self, _STATE).deferring and not args and not kwargs:
-            return PendingLogits(self, hidden)
-        return cls.__call__(self, hidden, *args, **kwargs)
-
-    return _subclass(cls, forward=forward, __call__=call)
-
-
-def _pending_model(cls: type[PreTrainedModel]) -> type:
-    labels_position = list(inspect.signature(cls.forward).parameters).index("labels") - 1
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = args[labels_position] if len(args) > labels_position else kwargs.get("labels")
-        state = getattr(self, _STATE)
-        if labels is None or state.paused:
-            return cls.forward(self, *args, **kwargs)
-        state.deferring = True
-        try:
-            return _without_pending(cls.forward(self, *args, **kwargs))
-        finally:
-            state.deferring = False
-
-    def loss_function(self: Any) -> Callable[..., torch.Tensor]:
-        original = cls.loss_function.fget(self)  # type: ignore[attr-defined]
-
-        def pending(
-            logits: PendingLogits,
-            labels: torch.Tensor | None,
-            vocab_size: int,
-            num_items_in_batch: torch.Tensor | float | None = None,
-            ignore_index: int = -100,
-            shift_labels: torch.Tensor | None = None,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            state = getattr(self, _STATE)
-            return logits.next_token_loss(labels, shift_labels, ignore_index, num_items_in_batch, state.per_token)
-
-        def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
-            logits = args[0] if args else kwargs.get("logits")
-            found: torch.Tensor = (pending if isinstance(logits, PendingLogits) else original)(*args, **kwargs)
-            return found
-
-        return fused
-
-    def setter(self: Any, value: Any) -> None:
-        raise UserError(f"loss_function: the loss of {cls.__name__} is fused; undo fuse_loss before you set another")
-
-    return _subclass(cls, forward=forward, loss_function=property(loss_function, setter))
-
-
-def _without_pending(output: Any) -> Any:
-    if isinstance(output, ModelOutput):
-        kept = {name: value for name, value in output.items() if not isinstance(value, PendingLogits)}
-        return type(output)(**kept)
-    return tuple(None if isinstance(value, PendingLogits) else value for value in output)
+def _position_of_labels(model: PreTrainedModel) -> int:
+    names = list(inspect.signature(type(model).forward).parameters)
+    return names.index("labels") - 1 if "labels" in names else -1

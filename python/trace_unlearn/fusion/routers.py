@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
+from trace_unlearn.forwards import Layer, attach, detach, layer_of, wrapped_by_another
 from trace_unlearn.routing.adapters import plain_path
 from trace_unlearn.routing.recorder import moe_layers, unwrap
 
-_MARK = "_trace_fused_router"
 _TRIAL_TOKENS = 64
 
 
@@ -52,31 +51,36 @@ def fuse_routers(model: nn.Module) -> FusedRouters:
         >>> undo()
     """
     model = unwrap(model)
-    fused: list[tuple[nn.Module, type]] = []
+    fused: dict[nn.Module, _Fused] = {}
     for layer in moe_layers(model):
         parent = model.get_submodule(plain_path(layer.name).rpartition(".")[0])
         router, rule = _router_of([*parent.children(), *layer.experts_module.children()], layer.name)
-        if all(router is not other for other, _ in fused):
-            fused.append((router, _fused_class(router, rule, layer.name)))
-    for router, cls in fused:
-        router.__class__ = cls
-        _point_hooks_to_the_class(router)
-    return FusedRouters([router for router, _ in fused])
+        if router not in fused:
+            fused[router] = _Fused(_kind(router), _trial(router, rule, layer.name))
+    for router, layer_of_router in fused.items():
+        attach(router, layer_of_router)
+    return FusedRouters(fused)
+
+
+def fused_routers_of(model: nn.Module) -> FusedRouters | None:
+    """The handle of a model that `fuse_routers` changed before, or of a copy of one; otherwise None."""
+    found = {module: layer for module in unwrap(model).modules() if (layer := layer_of(module, _Fused)) is not None}
+    return FusedRouters(found) if found else None
 
 
 class FusedRouters:
     """What `fuse_routers` returns. Calling it restores the model."""
 
-    def __init__(self, routers: list[nn.Module]) -> None:
-        self.routers = routers
+    def __init__(self, fused: dict[nn.Module, _Fused]) -> None:
+        self._fused = fused
+        self.routers = list(fused)
 
     def __call__(self) -> None:
-        for router in self.routers:
-            if _MARK not in type(router).__dict__:
-                raise RuntimeError(f"{type(router).__name__} is not fused any more, or was wrapped after fuse_routers")
-        for router in self.routers:
-            router.__class__ = type(router).__bases__[0]
-            _point_hooks_to_the_class(router)
+        for router, layer in self._fused.items():
+            if layer_of(router, _Fused) is not layer:
+                raise RuntimeError(f"{type(router).__name__} is not fused any more")
+        for router, layer in self._fused.items():
+            detach(router, layer)
 
 
 @dataclass(frozen=True)
@@ -261,17 +265,33 @@ _REFUSED = {
 
 def _router_of(candidates: list[nn.Module], layer: str) -> tuple[nn.Module, _Rule]:
     reason = "it has no router module that is known"
-    for child in candidates:
-        kind = type(child).__name__
-        if _MARK in type(child).__dict__:
+    for child in map(_base, candidates):
+        kind = _kind(child)
+        if layer_of(child, _Fused) is not None:
             raise UserError(f"fuse_routers: the router of {layer} is fused already")
-        for name, rule in _RULES.items():
-            if kind == name:
-                return child, rule
+        if kind in _RULES:
+            if wrapped_by_another(child):
+                raise UserError(
+                    f"fuse_routers: the forward of {layer}'s router is replaced by another tool; fuse first, wrap then"
+                )
+            return child, _RULES[kind]
         reason = next((f"the router is a {kind}, and {why}" for name, why in _REFUSED.items() if kind == name), reason)
         if reason.startswith("it has") and kind.endswith(("Router", "Gate", "Gating")):
             reason = f"router_topk has not been compared with a {kind}"
     raise UserError(f"fuse_routers: {layer} of this model cannot be fused: {reason}")
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of its class, or of the one that it had before it was parametrised."""
+    cls = type(module)
+    return (cls.__mro__[1] if nn.utils.parametrize.is_parametrized(module) else cls).__name__
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The module that peft put one of its own around, which still calls it."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def _choose(
@@ -289,20 +309,28 @@ def _choose(
     return logits, weights, indices
 
 
-def _fused_class(router: nn.Module, rule: _Rule, layer: str) -> type:
-    cls = type(router)
-    order = _trial(router, rule, layer)
+class _Fused(Layer):
+    """A router's forward, by the rule of its class.
 
-    @functools.wraps(cls.forward)
-    def forward(self: Any, hidden_states: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, ...]:
-        if not rule.in_autocast and torch.is_autocast_enabled(hidden_states.device.type):
-            own: tuple[torch.Tensor, ...] = cls.forward(self, hidden_states, *given, **named)
-            return own
-        parts = _choose(self, rule, hidden_states, (*given, *named.values()))
-        return tuple(parts[place] for place in order)
+    Args:
+        kind: the name of the class.
+        order: the places of logits, weights and indices in what the router returns.
+    """
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "forward": forward, _MARK: True})
+    def __init__(self, kind: str, order: list[int]) -> None:
+        self.kind, self.order = kind, order
+
+    def copied(self) -> _Fused:
+        return _Fused(self.kind, self.order)
+
+    def run(self, module: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule = _RULES[self.kind]
+        hidden, *given = args if args else [kwargs["hidden_states"]]
+        given += [value for name, value in kwargs.items() if name != "hidden_states"]
+        if not rule.in_autocast and torch.is_autocast_enabled(hidden.device.type):
+            return inner(*args, **kwargs)
+        parts = _choose(module, rule, hidden, tuple(given))
+        return tuple(parts[place] for place in self.order)
 
 
 @torch.no_grad()
@@ -310,9 +338,15 @@ def _trial(router: Any, rule: _Rule, layer: str) -> list[int]:
     """Compares both ways on random tokens; tells in which order the router returns logits, weights and indices."""
     name = type(router).__name__
     weight = next(parameter for parameter in router.parameters() if parameter.dim() == 2)
-    if weight.device.type == "meta" or type(weight) is not nn.Parameter:
+    if weight.device.type == "meta" or isinstance(weight, DTensor):
         raise UserError(
             f"fuse_routers: the weights of {layer}'s router are not here; fuse before sharding or offloading"
+        )
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        cls = type(weight)
+        raise UserError(
+            f"fuse_routers: the weight of {layer}'s router is a {cls.__module__}.{cls.__qualname__} of {weight.dtype}, "
+            "which only its own code can multiply with; leave routers unquantised"
         )
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(_TRIAL_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32)
@@ -358,9 +392,3 @@ def _place(part: Any, ours: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> 
     if part.shape == ours[0].shape and part.dtype == ours[0].dtype and torch.equal(part, ours[0]):
         return 0
     return 1 if part.shape == ours[1].shape and part.dtype == ours[1].dtype else -1
-
-
-def _point_hooks_to_the_class(module: nn.Module) -> None:
-    # accelerate's hooks (device maps, offloading) replace an instance's forward by a wrapper around `_old_forward`.
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)

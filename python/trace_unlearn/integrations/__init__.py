@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trace_unlearn.fusion.loss import FusedLoss, PendingLogits, fuse_loss, fused_loss_of
-    from trace_unlearn.fusion.routers import FusedRouters, fuse_routers
+    from trace_unlearn.fusion.routers import FusedRouters, fuse_routers, fused_routers_of
 
-__all__ = ["FusedLoss", "FusedRouters", "PendingLogits", "fuse_loss", "fuse_routers", "fused_loss_of"]
+__all__ = [
+    "FusedLoss",
+    "FusedRouters",
+    "PendingLogits",
+    "fuse_loss",
+    "fuse_routers",
+    "fused_loss_of",
+    "fused_routers_of",
+]
 
-_ROUTERS = ("FusedRouters", "fuse_routers")
+_ROUTERS = ("FusedRouters", "fuse_routers", "fused_routers_of")
 
 
 def __getattr__(name: str) -> Any:

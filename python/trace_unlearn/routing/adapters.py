@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trace_unlearn.routing.hooks import Hook
+
 #: Called once a forward with the indices [n, k] that the layer acts on, -1 for no expert, and the rows of the batch's
 #: tokens that they belong to (all by default).
 Report = Callable[..., None]
@@ -121,7 +123,7 @@ def _before(module: nn.Module, observe: Callable[..., None]) -> list[Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         observe(*_arguments(module, args, kwargs))
 
-    return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+    return [module.register_forward_pre_hook(Hook(hook), with_kwargs=True)]
 
 
 def _after(module: nn.Module, observe: Callable[[Any], None]) -> list[Any]:
@@ -130,7 +132,7 @@ def _after(module: nn.Module, observe: Callable[[Any], None]) -> list[Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         observe(output)
 
-    return [module.register_forward_hook(hook)]
+    return [module.register_forward_hook(Hook(hook))]
 
 
 def _indices(model: nn.Module, path: str, experts: nn.Module, report: Report) -> list[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
 from trace_unlearn.routing.adapters import Report, argument_names
+from trace_unlearn.routing.hooks import Hook
 from trace_unlearn.routing.layers import MoELayer, moe_layers, unwrap
 from trace_unlearn.routing.routes import RoutesFile
 from trace_unlearn.sources.data import loss_bearing
@@ -115,6 +118,9 @@ class RoutingRecorder:
         self._handles: list[Any] = []
         self._file: RoutesFile | None = None
         self._open = False
+        self._lock = threading.RLock()  # held during a forward
+        self._holder: int | None = None  # the thread that runs one
+        self._refused = 0  # forwards within that one
         self._forwards = 0
         self._shapes = [(0, 0), (0, 0)]  # B, S of each sequence in the forward under way, or the last one
         self._rows = [-1] * len(self.layers)  # tokens each layer reported in this forward
@@ -194,30 +200,80 @@ class RoutingRecorder:
         if self._store_routes and not isinstance(self._store_routes, bool):
             self._file = RoutesFile(self._store_routes, self._num_experts)
         model = self._model
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
+        me = weakref.ref(self)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            recorder = me()
+            if recorder is not None:
+                recorder._before(args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            recorder = me()
+            if recorder is not None:
+                recorder._after(output)
+
+        try:
+            self._handles.append(model.register_forward_pre_hook(Hook(before), with_kwargs=True))
             # Also after an exception: the gate must not stay open.
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-        for number, layer in enumerate(self.layers):
-            self._handles += layer.adapter.attach(model, layer.name, layer.experts_module, self._report(number))
+            self._handles.append(model.register_forward_hook(Hook(after), always_call=True))
+            for number, layer in enumerate(self.layers):
+                self._handles += layer.adapter.attach(model, layer.name, layer.experts_module, _reporter(me, number))
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        with self._lock:  # a forward in another thread comes to its end
+            self._leave()
+        if kind is None and self._forwards == 0:
+            warnings.warn("RoutingRecorder saw no forward of its model, nothing was counted", stacklevel=2)
+
+    def _leave(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._next_mask = None
         self._close()
+        self._release()
         if self._file is not None:
             self._file.close()
             self._file = None
-        if kind is None and self._forwards == 0:
-            warnings.warn("RoutingRecorder saw no forward of its model, nothing was counted", stacklevel=2)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __del__(self) -> None:
+        for handle in self.__dict__.get("_handles", ()):
+            handle.remove()
+
+    def _hold(self) -> None:
+        """Lets a forward of another thread wait for the end of this one. What is compiled takes no lock."""
+        self._lock.acquire()
+        if not self._handles:  # the context ended meanwhile
+            self._lock.release()
+        elif self._holder is not None:
+            self._refused += 1
+            self._lock.release()
+            raise RuntimeError(
+                f"RoutingRecorder: a forward of {type(self._model).__name__} began within another, so its tokens "
+                "cannot be told apart; after an interrupt, leave the `with` block and enter again"
+            )
+        else:
+            self._holder = threading.get_ident()
+
+    def _is_mine(self) -> bool:
+        return torch.compiler.is_compiling() or self._holder in (None, threading.get_ident())
+
+    def _release(self) -> None:
+        if self._holder == threading.get_ident():
+            self._holder, self._refused = None, 0
+            self._lock.release()
+
+    def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._hold()
+            if self._holder is None:
+                return
         given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
         self._rows = [-1] * len(self.layers)
         self._routes = [None] * len(self.layers)
@@ -255,7 +311,19 @@ class RoutingRecorder:
                 state.scores = torch.zeros(size, dtype=torch.float32, device=state.device)
             state.gate.fill_(1)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, output: Any) -> None:
+        if self._holder is None:
+            self._end(output)
+        elif self._holder == threading.get_ident():
+            if self._refused:  # it was never begun
+                self._refused -= 1
+                return
+            try:
+                self._end(output)
+            finally:
+                self._release()
+
+    def _end(self, output: Any) -> None:
         was_open = self._open
         counting = next((state.mask for state in self._states.values()), None)
         self._close()
@@ -285,43 +353,39 @@ class RoutingRecorder:
             state.gate.zero_()
             state.mask = None
 
-    def _report(self, number: int) -> Report:
+    def _report(self, number: int, indices: torch.Tensor, rows: torch.Tensor | None) -> None:
         layer, sequence = self.layers[number], self._sequence[number]
-
-        def report(indices: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-            if not self._open:
-                # Gradient checkpointing repeats the layer in the backward; else someone called a part of the model.
-                if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-                    raise RuntimeError(
-                        f"RoutingRecorder: {layer.name} ran outside a forward of {type(self._model).__name__}; call "
-                        "that model, or make the recorder from the part that you call"
-                    )
-                return
-            indices = indices.detach().reshape(-1, indices.shape[-1])
-            B, S = self._shapes[sequence]
-            if rows is not None and rows.shape[0] == indices.shape[0]:
-                # The other tokens activate no expert of this layer.
-                indices = indices.new_full((B * S, indices.shape[1]), -1).index_copy(0, rows, indices)
-            if indices.shape[0] != B * S or self._rows[number] >= 0:
-                again = " a second time" if self._rows[number] >= 0 else ""
+        if not self._open or not self._is_mine():
+            # Gradient checkpointing repeats the layer in the backward; else someone called a part of the model.
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
                 raise RuntimeError(
-                    f"RoutingRecorder: {layer.name} reported {indices.shape[0]} tokens{again}, the batch has "
-                    f"{B} x {S} = {B * S}, each once"
+                    f"RoutingRecorder: {layer.name} ran outside a forward of {type(self._model).__name__}; call "
+                    "that model, or make the recorder from the part that you call"
                 )
-            self._rows[number] = B * S
-            state = self._state_of(number, indices.device)
-            tk.record_routing_(
-                indices,
-                state.counts[number, : layer.num_experts],
-                token_mask=state.mask,
-                table=None if state.table is None else state.table[number, : layer.num_experts],
-                token_score=state.scores,
-                gate=state.gate,
+            return
+        indices = indices.detach().reshape(-1, indices.shape[-1])
+        B, S = self._shapes[sequence]
+        if rows is not None and rows.shape[0] == indices.shape[0]:
+            # The other tokens activate no expert of this layer.
+            indices = indices.new_full((B * S, indices.shape[1]), -1).index_copy(0, rows, indices)
+        if indices.shape[0] != B * S or self._rows[number] >= 0:
+            again = " a second time" if self._rows[number] >= 0 else ""
+            raise RuntimeError(
+                f"RoutingRecorder: {layer.name} reported {indices.shape[0]} tokens{again}, the batch has "
+                f"{B} x {S} = {B * S}, each once"
             )
-            if self._store_routes:
-                self._routes[number] = indices
-
-        return report
+        self._rows[number] = B * S
+        state = self._state_of(number, indices.device)
+        tk.record_routing_(
+            indices,
+            state.counts[number, : layer.num_experts],
+            token_mask=state.mask,
+            table=None if state.table is None else state.table[number, : layer.num_experts],
+            token_score=state.scores,
+            gate=state.gate,
+        )
+        if self._store_routes:
+            self._routes[number] = indices
 
     def _mask(self, given: Mapping[str, Any], prefix: str) -> torch.Tensor | None:
         """[B, S] bool: who counts; None for all."""
@@ -386,3 +450,12 @@ class RoutingRecorder:
         if not bool(torch.isfinite(table).all()):
             raise UserError("table: has NaN or infinite entries, allowed are finite numbers")
         return table
+
+
+def _reporter(recorder: weakref.ref[RoutingRecorder], number: int) -> Report:
+    def report(indices: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        found = recorder()
+        if found is not None:
+            found._report(number, indices, rows)
+
+    return report

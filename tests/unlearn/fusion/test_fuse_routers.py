@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import families
 import pytest
 import torch
@@ -10,7 +13,7 @@ import transformers
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
 from trace_unlearn.fusion.routers import _REFUSED
-from trace_unlearn.integrations import fuse_routers
+from trace_unlearn.integrations import fuse_routers, fused_routers_of
 from trace_unlearn.routing.recorder import RoutingRecorder, moe_layers
 
 #: Not fused; test_refusals_say_why has the reasons.
@@ -75,7 +78,7 @@ def test_same_experts_output_and_gradients(family, monkeypatch):
     for name, gradient in gradients.items():
         limit = 1e-3 * gradient.abs().max().item() + 1e-5 * largest
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=0, atol=limit, msg=name)
-    assert [type(module).__name__ for module in model.modules()] == [kind.__name__ for kind in kinds]
+    assert [type(module) for module in model.modules()] == kinds
     after = model.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], value) for name, value in state.items())
@@ -201,3 +204,72 @@ def test_dense_models_and_weights_elsewhere_are_refused():
         model = tiny.model("mixtral")
     with pytest.raises(UserError, match="fuse before sharding or offloading"):
         fuse_routers(model)
+
+
+def mixtral():
+    return families.build(next(family for family in FUSED if str(family) == "MixtralForCausalLM"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_fused_and_independent(copied, monkeypatch):
+    model = mixtral()
+    undo = fuse_routers(model)
+    twin = copied(model)
+    calls = []
+    original = tk.router_topk
+    monkeypatch.setattr(tk, "router_topk", lambda *a, **k: calls.append(1) or original(*a, **k))
+    ids = torch.arange(8)[None]
+    logits = model(input_ids=ids).logits
+    with torch.no_grad():
+        for router in undo.routers:
+            router.weight.zero_()
+    calls.clear()
+    torch.testing.assert_close(twin(input_ids=ids).logits, logits)
+    assert len(calls) == len(moe_layers(twin))
+    undo()
+    assert fused_routers_of(model) is None
+    twin(input_ids=ids)
+    assert len(calls) == 2 * len(moe_layers(twin))
+    fused_routers_of(twin)()
+    assert fused_routers_of(twin) is None
+    torch.testing.assert_close(twin(input_ids=ids).logits, logits)
+    assert len(calls) == 2 * len(moe_layers(twin))
+    fuse_routers(twin)
+
+
+def test_replicas_use_their_own_weights():
+    model = mixtral()
+    undo = fuse_routers(model)
+    router = undo.routers[0]
+    replica = router._replicate_for_data_parallel()
+    replica.weight = 2 * router.weight.detach()
+    hidden = torch.randn(4, router.weight.shape[1])
+    assert torch.equal(replica(hidden)[0], 2 * router(hidden)[0])
+
+
+@pytest.mark.parametrize("fuse_first", [True, False])
+def test_adapters_on_the_routers(fuse_first):
+    """With LoRA on a router's weight, the effective one is read."""
+    peft = pytest.importorskip("peft")
+    model, ids = mixtral(), torch.arange(8)[None]
+    options = {"r": 2, "lora_dropout": 0.0, "init_lora_weights": False}
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}
+    torch.manual_seed(0)
+    undo = fuse_routers(model) if fuse_first else None
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**targets, **options))
+    adapted.eval()
+    undo = undo or fuse_routers(adapted)
+    fused = adapted(input_ids=ids).logits
+    fused.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+    assert any("gate" in name for name in gradients)
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(input_ids=ids).logits, fused)
+    undo()
+    adapted.zero_grad()
+    plain = adapted(input_ids=ids).logits
+    plain.square().sum().backward()
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    for name, p in adapted.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())

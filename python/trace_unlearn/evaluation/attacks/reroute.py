@@ -6,17 +6,16 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation.predictions import Batch
+from trace_unlearn.forwards import attach, detach
 from trace_unlearn.routing.recorder import RoutingRecorder, moe_layers
-from trace_unlearn.routing.routers import Pairs, layers_of, router_of
+from trace_unlearn.routing.routers import Pairs, RouterLogits, layers_of, router_of
 
 
 class ExpertBan:
@@ -50,22 +49,19 @@ class ExpertBan:
     def __init__(self, model: torch.nn.Module) -> None:
         self.layers = moe_layers(model)
         self.banned: Sequence[Tensor] | None = None
-        self._routers = [router_of(model, layer)[1] for layer in self.layers]
-        self._before: list[Any] = []
+        self._attached = [
+            (router_of(model, layer)[1], RouterLogits(functools.partial(self._without, number), layer))
+            for number, layer in enumerate(self.layers)
+        ]
 
     def __enter__(self) -> ExpertBan:
-        for number, router in enumerate(self._routers):
-            self._before.append(router.__dict__.get("forward"))
-            router.forward = functools.partial(self._forward, number, router.forward)
+        for router, layer in self._attached:
+            attach(router, layer)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for router, before in zip(self._routers, self._before, strict=True):
-            if before is None:
-                del router.forward
-            else:
-                router.forward = before
-        self._before.clear()
+        for router, layer in self._attached:
+            detach(router, layer)
 
     @contextlib.contextmanager
     def during(self, banned: Sequence[Tensor]) -> Iterator[None]:
@@ -76,34 +72,11 @@ class ExpertBan:
         finally:
             self.banned = None
 
-    def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _without(self, number: int, logits: Tensor) -> Tensor | None:
         if self.banned is None:
-            return forward(*args, **kwargs)
-        with _Masked(self.banned[number]) as masked:
-            output = forward(*args, **kwargs)
-        if masked.times != 1:
-            raise RuntimeError(
-                f"ExpertBan: the router of {self.layers[number].name} computes its logits by {masked.times} linear "
-                "maps; one is expected"
-            )
-        return output
-
-
-class _Masked(TorchFunctionMode):
-    """Sets the banned logits [..., E] that a linear map gives to -inf."""
-
-    def __init__(self, banned: Tensor) -> None:
-        super().__init__()
-        self.banned = banned
-        self.times = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and output.shape[-1] == self.banned.shape[-1]:
-            self.times += 1
-            banned = self.banned.to(output.device)
-            output = output.masked_fill(banned.view(*output.shape) if banned.dim() > 1 else banned, -torch.inf)
-        return output
+            return None
+        banned = self.banned[number].to(logits.device)
+        return logits.masked_fill(banned.view(*logits.shape) if banned.dim() > 1 else banned, -torch.inf)
 
 
 Around = Callable[[Batch], contextlib.AbstractContextManager[None]]
