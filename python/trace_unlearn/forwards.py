@@ -8,6 +8,7 @@ therefore does not matter who wraps that forward, and a wrapper that outlives th
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -25,7 +26,7 @@ _OWN = ("forward", "_replicate_for_data_parallel")
 class Layer:
     """One change of a forward. Layers lie on each other: the one attached last runs first."""
 
-    def run(self, module: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward; `inner` is the one below. `module` may be a replica of the one that it was attached to."""
         raise NotImplementedError
 
@@ -135,23 +136,17 @@ def _install(module: nn.Module) -> None:
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
     # No __wrapped__: who looks for the innermost function (accelerate, to take its wrapper off) is to find this one.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = functools.partial(type(self).forward, self)
         found = self.__dict__.get(_SLOT)
-        return _run(self, found.layers if found is not None else (), args, kwargs)
+        if found is not None:
+            for layer in found.layers:
+                inner = functools.partial(layer.run, self, inner)
+        return inner(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     forward.__doc__ = cls.forward.__doc__
     setattr(forward, _MARK, forward)
     return forward
-
-
-def _run(module: Any, layers: tuple[Layer, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not layers:
-        return type(module).forward(module, *args, **kwargs)
-
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        return _run(module, layers[:-1], args, kwargs)
-
-    return layers[-1].run(module, inner, args, kwargs)
 
 
 def _replicate_for_data_parallel(self: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook as _has_global_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -34,7 +35,8 @@ def linear_of(head: Any, model: str) -> torch.nn.Linear:
 
 def check_weight(weight: torch.Tensor, model: str) -> None:
     """UserError for a weight that only its own class can multiply with."""
-    packed = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    plain = type(weight) is torch.nn.Parameter or isinstance(weight, DTensor)
+    packed = not plain and is_traceable_wrapper_subclass(weight)
     if packed or not weight.is_floating_point():
         what = f"a {_name(weight)}" if packed else str(weight.dtype)
         raise UserError(
@@ -52,6 +54,11 @@ def at_head(head: torch.nn.Module, hidden: torch.Tensor, compute: Compute) -> An
     Raises:
         UserError: the head is not one linear map, or a hook returned something else than it was given.
     """
+    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    hooks = hooks or _has_global_hooks()  # type: ignore[no-untyped-call]
+    if type(head) is torch.nn.Linear and not hooks and "forward" not in head.__dict__:
+        # The call would be the linear map and nothing else.
+        return compute(hidden, head.weight, head.bias)
     seen: list[Any] = []
     with _AtLinear(compute, seen):
         found = head(hidden)

@@ -11,6 +11,7 @@ state dict stay as they are, and whichever head the model has at the time of a f
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -37,8 +38,11 @@ def fuse_loss(model: torch.nn.Module) -> FusedLoss:
     half-precision weights better, because the logits are never rounded) and ``logits=None``: they are never computed.
     Without labels, and in `generate`, nothing changes. `num_items_in_batch`, `shift_labels`, `logits_to_keep`, a bias
     of the output embedding, scaled and soft-capped logits and the router's auxiliary loss keep their meaning. One
-    difference: a batch without any label to predict has loss 0, not NaN. Forward hooks on the output embedding see the
-    loss where they saw logits: a hook that changes the logits cannot be fused.
+    difference: a batch without any label to predict has loss 0, not NaN.
+
+    The model's class, head and state dict stay as they are. Copies and pickles of the model are fused as well, each on
+    its own; the head of a forward is the one that the model has then; docs/only_the_loss.md says what survives what. A
+    forward hook on the head sees the loss where it saw logits, and one that changes it is refused.
 
     Args:
         model: a transformers causal LM, or a peft model around one.
@@ -50,7 +54,8 @@ def fuse_loss(model: torch.nn.Module) -> FusedLoss:
     Raises:
         UserError: the model is fused already, its output embedding is not a plain linear layer (an adapter on it, a
             quantised one), or its loss is not next-token cross-entropy; the message says which. A model that does
-            anything else to its logits raises on its first forward with labels.
+            anything else to its logits raises on its first forward with labels, as does one whose head was replaced by
+            another kind of layer.
 
     Example:
         >>> import torch
@@ -148,15 +153,15 @@ class _Now(threading.local):
     """What the contexts of a thread ask for. The attributes exist in every thread, so that compilers guard them."""
 
     def __init__(self) -> None:
-        self.paused = False  # a forward with labels is left as it was
+        self.paused: bool = False  # a forward with labels is left as it was
         self.per_token: Callable[..., Any] | None = None  # what such a forward computes in place of the loss
 
 
 class _Fixed:
     """The same for a replica, which runs in another thread than the one that asked."""
 
-    def __init__(self, now: _Now | _Fixed) -> None:
-        self.paused, self.per_token = now.paused, now.per_token
+    def __init__(self, paused: bool, per_token: Callable[..., Any] | None) -> None:
+        self.paused, self.per_token = paused, per_token
 
 
 class _Fused(Layer):
@@ -180,20 +185,20 @@ class _Fused(Layer):
         return _Fused(self.path, self.position)
 
     def replica(self) -> _Fused:
-        return _Fused(self.path, self.position, _Fixed(self.now))
+        return _Fused(self.path, self.position, _Fixed(self.now.paused, self.now.per_token))
 
     def bind(self, module: torch.nn.Module) -> None:
         if len(self.path) == 1:
             self._view = self._view_of(module, self.path)
 
-    def run(self, module: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         labels = args[self.position] if len(args) > self.position else kwargs.get("labels")
         if labels is None or self.now.paused:
             return inner(*args, **kwargs)
         if module.loss_function is not ForCausalLMLoss:
             name = type(module).__name__
             raise UserError(f"loss_function: the loss of {name} is fused; undo fuse_loss before you set another")
-        if self._view is None or any(parent._modules[name] is not child for parent, name, child in self._parts):
+        if self._view is None or (self._parts and any(p._modules[name] is not child for p, name, child in self._parts)):
             self._parts = []
             self._view = self._view_of(module, self.path)  # of a head inside a module that was replaced
         view = self._view
@@ -202,7 +207,7 @@ class _Fused(Layer):
     def _view_of(self, module: torch.nn.Module, path: list[str]) -> Any:
         """An object that shares the attributes of `module`, but for its output embedding and loss function."""
         name, *rest = path
-        members = {"__doc__": type(module).__doc__, "__module__": type(module).__module__}
+        members: dict[str, Any] = {"__doc__": type(module).__doc__, "__module__": type(module).__module__}
         if rest:
             child = module._modules[name]
             assert child is not None
@@ -210,11 +215,10 @@ class _Fused(Layer):
             self._parts.append((module, name, child))
             members[name] = property(lambda view: inner)
         else:
-            model = type(module).__name__
-            members[name] = property(lambda view: _pending_head(view._modules[name], model))
+            members[name] = property(functools.partial(_pending_head, name, type(module).__name__))
         if isinstance(module, PreTrainedModel):
             members["loss_function"] = property(self._loss_function)
-        view = object.__new__(type(type(module).__name__, (type(module),), members))
+        view: Any = object.__new__(type(type(module).__name__, (type(module),), members))
         object.__setattr__(view, "__dict__", module.__dict__)
         return view
 
@@ -237,8 +241,10 @@ class _Fused(Layer):
         return fused
 
 
-def _pending_head(head: torch.nn.Module, model: str) -> PendingHead:
-    return PendingHead(head, model, linear_of(head, model).out_features)
+def _pending_head(name: str, model: str, view: Any) -> PendingHead:
+    head = view._modules[name]
+    linear = head if type(head) is torch.nn.Linear else linear_of(head, model)
+    return PendingHead(head, model, linear.out_features)
 
 
 def _without_pending(output: Any) -> Any:

@@ -22,27 +22,16 @@ class PendingHead:
     """
 
     def __init__(self, module: torch.nn.Module, model: str, out_features: int) -> None:
-        self._module, self._model, self._out_features = module, model, out_features
+        self.module, self.model, self._out_features = module, model, out_features
 
     def __call__(self, hidden: torch.Tensor) -> PendingLogits:
         return PendingLogits(self, hidden)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.module, name)
 
     def shape(self, hidden: torch.Tensor) -> torch.Size:
         return torch.Size((*hidden.shape[:-1], self._out_features))
-
-    def compute(self, hidden: torch.Tensor, function: Callable[..., Any]) -> Any:
-        """What `function(hidden, weight, bias)` makes of the head's own arguments."""
-
-        def checked(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-            check_weight(weight, self._model)
-            if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(weight.dtype)  # from a model that casts its logits, and so these, to float32
-            return function(hidden, weight, bias)
-
-        return at_head(self._module, hidden, checked)
 
 
 class PendingLogits:
@@ -73,12 +62,21 @@ class PendingLogits:
         options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": self.gain}
         options["logit_scale"] = self.scale if self.gain is None else self.gain * self.scale
 
-        def compute(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        def compute(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+            if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+                check_weight(weight, self.head.model)
+            if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(weight.dtype)  # from a model that casts its logits, and so these, to float32
             if per_token is not None:
                 return per_token(hidden, weight, target, bias=bias, **options)
-            return _divided(num_items_in_batch, hidden, weight, target, bias=bias, **options)
+            count = num_items_in_batch
+            if isinstance(count, torch.Tensor):
+                if count.dim() > 0:
+                    return _by_each(count, hidden, weight, target, bias=bias, **options)
+                count = count.to(hidden.device)
+            return tk.linear_cross_entropy(hidden, weight, target, bias=bias, normalizer=count, **options)
 
-        loss: torch.Tensor = self.head.compute(hidden, compute)
+        loss: torch.Tensor = at_head(self.head.module, hidden, compute)
         return loss
 
     def _scaled(self, factor: object) -> PendingLogits:
@@ -153,19 +151,16 @@ class PendingLogits:
         raise _unsupported(getattr(function, "__name__", repr(function)))
 
 
-def _divided(
-    count: torch.Tensor | float | None, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
+def _by_each(
+    counts: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    """The mean, or the sum by `count`: a number or a tensor, which gives the loss its shape, as by ForCausalLMLoss.
+    """The sum by each of `counts`, in their shape, as ForCausalLMLoss gives it.
 
-    Trainer hands each replica of `nn.DataParallel` a row of counts [1] or [n, 1].
+    Trainer hands each replica of `nn.DataParallel` counts [1] or [n, 1].
     """
-    if not isinstance(count, torch.Tensor) or count.dim() == 0:
-        count = count.to(hidden.device) if isinstance(count, torch.Tensor) else count
-        return tk.linear_cross_entropy(hidden, weight, target, normalizer=count, **options)
     total = tk.linear_cross_entropy(hidden, weight, target, reduction="sum", **options)
-    count = count.to(total.device)
-    return (total / count).masked_fill(count == 0, 0.0)
+    counts = counts.to(total.device)
+    return (total / counts).masked_fill(counts == 0, 0.0)
 
 
 def _unsupported(what: str) -> UserError:

@@ -323,7 +323,7 @@ class _Fused(Layer):
     def copied(self) -> _Fused:
         return _Fused(self.kind, self.order)
 
-    def run(self, module: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rule = _RULES[self.kind]
         hidden, *given = args if args else [kwargs["hidden_states"]]
         given += [value for name, value in kwargs.items() if name != "hidden_states"]

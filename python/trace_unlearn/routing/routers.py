@@ -69,7 +69,7 @@ class RouterLogits(Layer):
     def __init__(self, see: Callable[[torch.Tensor], torch.Tensor | None], layer: MoELayer) -> None:
         self.see, self.layer = see, layer
 
-    def run(self, module: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if _is_linear(module):  # adapters on a linear layer add to its output
             return self._seen(inner(*args, **kwargs))
         times: list[int] = []

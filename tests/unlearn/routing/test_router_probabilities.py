@@ -141,12 +141,11 @@ def test_a_ban_reaches_adapted_routers_and_no_copy():
     pytest.importorskip("peft")
     wrapped, model, _ = adapted("target_parameters")
     gone = torch.arange(tiny.NUM_EXPERTS) < 4
-    with ExpertBan(wrapped) as ban:
-        with ban.during([gone, gone]):
-            twin = copy.deepcopy(wrapped)
-            with RoutingRecorder(wrapped) as rec, RoutingRecorder(twin) as free:
-                wrapped(**batch())
-                twin(**batch())
+    with ExpertBan(wrapped) as ban, ban.during([gone, gone]):
+        twin = copy.deepcopy(wrapped)
+        with RoutingRecorder(wrapped) as rec, RoutingRecorder(twin) as free:
+            wrapped(**batch())
+            twin(**batch())
     assert rec.counts[:, :4].sum() == 0
     assert free.counts[:, :4].sum() > 0
     with RoutingRecorder(twin) as after:
