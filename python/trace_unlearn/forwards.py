@@ -24,7 +24,13 @@ _OWN = ("forward", "_replicate_for_data_parallel")
 
 
 class Layer:
-    """One change of a forward. Layers lie on each other: the one attached last runs first."""
+    """One change of a forward. Layers lie on each other: the one attached last runs first.
+
+    Attributes:
+        replaces: whether it does without `inner` at times; such a layer lies below all others.
+    """
+
+    replaces = False
 
     def run(self, module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward; `inner` is the one below. `module` may be a replica of the one that it was attached to."""
@@ -65,7 +71,7 @@ def attach(module: nn.Module, layer: Layer) -> None:
     found = module.__dict__.get(_SLOT)
     if found is not None:
         layer.bind(module)
-        found.layers = (*found.layers, layer)
+        found.layers = (layer, *found.layers) if layer.replaces else (*found.layers, layer)
         return
     reached = _is_reached(module)
     others = dict(module.__dict__)

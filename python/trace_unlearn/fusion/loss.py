@@ -172,6 +172,8 @@ class _Fused(Layer):
         position: of the labels among the positional arguments.
     """
 
+    replaces = True
+
     def __init__(self, path: list[str], position: int, now: _Now | _Fixed | None = None) -> None:
         self.path, self.position = path, position
         self.now: _Now | _Fixed = _Now() if now is None else now

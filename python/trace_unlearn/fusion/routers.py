@@ -317,6 +317,8 @@ class _Fused(Layer):
         order: the places of logits, weights and indices in what the router returns.
     """
 
+    replaces = True
+
     def __init__(self, kind: str, order: list[int]) -> None:
         self.kind, self.order = kind, order
 
