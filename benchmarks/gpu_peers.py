@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from trace_kernels.ops.linear_cross_entropy.cases import eager_reduce, torch_chunked
+from trace_kernels.ops.linear_cross_entropy.cases import torch_chunked
+from trace_kernels.testing.linear_cases import eager_reduce
 
 
 def weighted(nll: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None) -> torch.Tensor:

@@ -126,34 +126,42 @@ def linear_calls(model: Model) -> dict[str, tuple[str, int, Callable[[], object]
     """By what is computed: the op, the products that the floor counts, the call."""
     from trace_kernels.ops.linear_cross_entropy import triton as linear
     from trace_kernels.ops.linear_kl import triton as kl
+    from trace_kernels.shared.linear import Call, Gradient
     from trace_kernels.shared.triton_common import scaled_rows
 
     T = TOKENS
     hidden, weight = empty(T, model.H), empty(model.V, model.H)
     target, row = empty(T, dtype=torch.int64), empty(T, dtype=torch.float32)
-    options = (-100, None, 1.0)
 
-    def cross_entropy(dhidden: bool, dweight: bool) -> None:
-        stash = linear.forward(hidden, weight, None, target, row, *options, dhidden, dweight)
-        for gradient in stash[2:4]:
+    call = Call(hidden, weight, None, target, row, -100, None, 1.0)
+    divergent = Call(hidden, weight, None, None, row, -100, None, 1.0)
+    one = call._replace(target=target[:, None])
+
+    def scaled(*stash: torch.Tensor) -> None:
+        for gradient in stash:
             if gradient.numel():
                 scaled_rows(gradient, empty(gradient.shape[0], dtype=torch.float32), gradient)
 
+    def cross_entropy(dhidden: bool, dweight: bool) -> None:
+        scaled(*linear.forward(call, dhidden, dweight)[2:4])
+
     def unknown_gradient() -> None:
         cross_entropy(True, False)
-        linear.backward_weight(hidden, weight, None, target, row, row, *options)
+        linear.backward(one, row, Gradient(row, None, row[:, None]), False, True)
+
+    def token_stats(gradient: bool) -> None:
+        scaled(linear.stats(one, gradient, True).others)
 
     def divergence(dweight: bool) -> None:
-        stash = kl.forward(hidden, weight, hidden, weight, row, None, 1.0, True, dweight)
-        for gradient in stash[3:5]:
-            if gradient.numel():
-                scaled_rows(gradient, empty(gradient.shape[0], dtype=torch.float32))
+        scaled(*kl.forward(divergent, divergent, True, dweight, None)[5:7])
 
     return {
         "log-probabilities only": ("linear_log_prob", 1, lambda: cross_entropy(False, False)),
         "frozen head, any weights": ("linear_cross_entropy", 2, lambda: cross_entropy(True, False)),
         "trainable head, known weights": ("linear_cross_entropy", 3, lambda: cross_entropy(True, True)),
         "trainable head, unknown weights": ("linear_log_prob", 4, unknown_gradient),
+        "token statistics only": ("linear_log_prob", 1, lambda: token_stats(False)),
+        "token statistics, frozen head": ("linear_cross_entropy", 2, lambda: token_stats(True)),
         "KL, frozen head": ("linear_kl", 3, lambda: divergence(False)),
         "KL, trainable head": ("linear_kl", 4, lambda: divergence(True)),
     }
@@ -162,6 +170,7 @@ def linear_calls(model: Model) -> dict[str, tuple[str, int, Callable[[], object]
 def row_calls(model: Model) -> dict[str, tuple[str, Case, Callable[[], object]]]:
     """By what is computed: the op, the case of its floor, the call."""
     from trace_kernels.ops.cross_entropy import triton as cross_entropy
+    from trace_kernels.ops.cross_entropy.rows import LogitGradient, Rows
     from trace_kernels.ops.record_routing import triton as record_routing
     from trace_kernels.ops.router_topk import triton as router
     from trace_kernels.ops.router_topk.rule import Rule
@@ -173,8 +182,9 @@ def row_calls(model: Model) -> dict[str, tuple[str, Case, Callable[[], object]]]
     rule = Rule(k, "softmax", True, 1.0, 0.0, 1, 1, "max", 0.0)
 
     def loss() -> None:
-        cross_entropy.forward(logits, target, -100, None, 1.0)
-        cross_entropy.backward(row, logits, target, row, -100, None, 1.0, True)
+        rows = Rows(target, -100, None, 1.0)
+        cross_entropy.forward(logits, rows)
+        cross_entropy.backward(logits, rows, row, LogitGradient(row, None, row), True)
 
     def route(keep: bool) -> None:
         _, indices, chosen, stats = router.forward(

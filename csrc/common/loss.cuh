@@ -67,12 +67,17 @@ struct LogProb {
 // Of a class with x, from the sum over all others: where the class is nearly certain the loss is log(1 + small).
 __device__ __forceinline__ LogProb log_prob(float x, const Softmax& others) {
   if (x > others.maximum && x < INFINITY) {
-    const float loss = log1pf(others.sum * __expf(others.maximum - x));
+    const float loss = log1pf(others.sum * expf(others.maximum - x));
     return {-loss, x + loss};
   }
-  const float log_sum = logf(others.sum + __expf(x - others.maximum));
+  const float log_sum = logf(others.sum + expf(x - others.maximum));
   // Maximum and logarithm apart: their sum would round away digits of the loss.
   return {(x - others.maximum) - log_sum, others.maximum + log_sum};
+}
+
+// Of a class with x, from the sum over all others, of which none is above it.
+__device__ __forceinline__ float largest_logp(float x, float maximum, float others) {
+  return x < INFINITY ? -log1pf(others * expf(maximum - x)) : NAN;
 }
 
 // A row of `size` elements at an address that need not be aligned to 16 bytes, seen as vectors: vector v holds the

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "common/parallel.h"
 #include "common/tile_kernels.h"
@@ -47,6 +48,29 @@ inline Range member_columns(int64_t V, int member, int members) {
 }
 
 inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// One element of a packed A, on either side of the kernels.
+inline uint32_t* packed_at(bool pairs, uint32_t* a, int64_t rows_a, int64_t r, int64_t k) {
+  const int64_t k2 = pairs ? k / 2 : k;
+  return a + (k2 / kKC * rows_a + r) * kKS + k2 % kKC;
+}
+inline float packed_value(bool pairs, uint32_t* a, int64_t rows_a, int64_t r, int64_t k) {
+  uint32_t bits = *packed_at(pairs, a, rows_a, r, k);
+  if (pairs) bits = k % 2 == 0 ? bits << 16 : bits & 0xffff0000u;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void set_packed_value(bool pairs, uint32_t* a, int64_t rows_a, int64_t r, int64_t k, float value) {
+  uint32_t bits, *at = packed_at(pairs, a, rows_a, r, k);
+  std::memcpy(&bits, &value, 4);
+  if (!pairs) {
+    *at = bits;
+    return;
+  }
+  const uint32_t half = value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *at = k % 2 == 0 ? (*at & 0xffff0000u) | half : (*at & 0xffffu) | half << 16;
+}
 
 // The same rows from row r on.
 inline Rows rows_from(Rows rows, int64_t r) {

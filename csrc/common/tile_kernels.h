@@ -39,13 +39,35 @@ struct LogitMap {
   float cap;  // 0: no softcap
 };
 
-// Online softmax state of a block of rows. The target's own term is kept apart, so that 1 - p(target) has no
+// The targets of rows, K each; one outside [0, V) is no class, which takes part in nothing. Several may be the same.
+struct Targets {
+  const int64_t* classes;  // [rows, count]
+  int64_t count;
+
+  Targets from(int64_t r) const { return {classes + r * count, count}; }
+};
+
+// Online softmax state of a block of rows. The targets' own terms are kept apart, so that 1 - p(target) has no
 // cancellation: sum covers the other columns only, relative to exp(max).
 struct SoftmaxState {
   float* max;           // [rows] reference maximum, -inf before the first column
-  float* sum;           // [rows] sum over v != target of exp(z_v - max)
-  float* target_logit;  // [rows] z_target once its column was seen
-  float* target_slope;  // [rows] softcap'(target)
+  float* sum;           // [rows] sum over all v but the targets of exp(z_v - max)
+  float* target_logit;  // [rows, K] z_target once its column was seen
+  float* target_slope;  // [rows, K] softcap'(target)
+  // For the entropy, or null: the largest of the other columns, the first of several, stays out of `sum` too.
+  float* pivot = nullptr;  // [rows] its logit
+  int64_t* top = nullptr;  // [rows] its column
+  float* gap = nullptr;    // [rows] sum over the same v as `sum` of exp(z_v - max) (z_v - max)
+
+  SoftmaxState from(int64_t r, int64_t num_targets) const {
+    return {max + r,
+            sum + r,
+            target_logit + r * num_targets,
+            target_slope + r * num_targets,
+            pivot == nullptr ? nullptr : pivot + r,
+            top == nullptr ? nullptr : top + r,
+            gap == nullptr ? nullptr : gap + r};
+  }
 };
 
 // Where p = exp(z - max) * softcap' of some rows is kept until the normalisers are known: units of kColPad columns,
@@ -71,18 +93,38 @@ struct LogSumExp {
   const float *high, *low;
 };
 
+// d loss / d z of rows whose logsumexp is known, d / d (W h) without the scale: softcap' times p (constant + log * log
+// p), at the targets softcap' times at_target. What a target's own number is made of has no cancellation.
+struct RowGradient {
+  LogSumExp lse;
+  const float *constant, *log;  // [rows]; log may be null, for 0
+  const float* at_target;       // [rows, K]
+
+  RowGradient from(int64_t r, int64_t num_targets) const {
+    return {{lse.high + r, lse.low + r}, constant + r, log == nullptr ? nullptr : log + r, at_target + r * num_targets};
+  }
+};
+
 // One column tile of KL(ref || policy), raw dot products on entry. p~ and q~ are relative to their own maxima.
 //
 // The gradient sum_v (p_v - q_v) W_v has two normalisers that are known at the end only, so two sums are accumulated:
 // of (p~ - c q~) and of q~. With c close to the ratio of the normalisers, a difference of nearly equal distributions is
 // taken before it is rounded to the operand's type.
+//
+// Where both models are sure of one class, p - q is a difference of nearly equal numbers there, and what either leaves
+// to all others is not. So the reference's largest class, the pivot, stays out of the sums; it is in what is
+// accumulated for the gradient, as `kept` and `ref_kept`, which whoever knows the normalisers replaces.
 struct KlTile {
   float *s, *ref_s;  // [rows, cols], overwritten
   int64_t lds, rows, cols;
+  int64_t v0;  // the first column
   LogitMap map;
   float *max, *sum, *ref_max, *ref_sum;  // [rows] online state of policy and reference
   float* ratio;                          // [rows] c; 0 before it was chosen
+  float *pivot, *ref_pivot, *slope;      // [rows] logits of the pivot, and softcap' there
+  float *kept, *ref_kept;                // [rows] what it is multiplied with in d and ref_d
   double* cross;                         // [rows] sum of q~ ((z_ref - ref_max) - (z - max))
+  int64_t* top;                          // [rows] the pivot, -1 before there is one
   // Packed A of (p~ - c q~) softcap' and, ref_row rows below, of q~ softcap'; null without a gradient.
   uint32_t* p;
   int64_t rows_p, ref_row, p_offset;
@@ -94,7 +136,10 @@ struct KlGradientTile {
   const float *s, *ref_s;  // [cols of the vocabulary, rows] raw dot products
   int64_t lds, cols, rows;
   LogitMap map;
+  int64_t v0;  // the first column
   LogSumExp lse, ref_lse;
+  const int64_t* pivot;     // [rows] a class, or none below 0
+  const float* difference;  // [rows] p - q there
   const float* g;
   uint32_t* dz;  // packed A: g_t * scale * softcap' * (p - q)
   int64_t rows_dz, dz_offset;
@@ -119,18 +164,20 @@ struct TileKernels {
   void (*gemm)(const uint32_t* a, int64_t rows_a, const uint32_t* b, float* c, int64_t ldc, int64_t m, int64_t n,
                int64_t k2, bool accumulate);
   // One column tile [v0, v0 + cols) of the online softmax: s [rows, cols] holds raw dot products and is overwritten.
-  // Writes p = exp(z - max) * softcap' (target column: 0) to packed A `p`, from element p_offset on, unless null.
+  // Writes p = exp(z - max) * softcap' (targets' columns: 0) to packed A `p`, from element p_offset on, unless null.
   // The same to the stash, from its row stash_row on, unless null.
   // Where the maximum of a row grew by more than a factor of e^8, what was accumulated with the old one is rescaled:
   // the state, the row of d [rows, ldd] unless null, elements [0, p_offset) of p, and the stash.
-  void (*softmax_tile)(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
+  void (*softmax_tile)(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const Targets& targets,
                        const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
                        float* d, int64_t ldd, const Stash* stash, int64_t stash_row);
-  // The transposed tile of the gradient: s [cols of the vocabulary, rows] holds raw dot products. Writes
-  // dz[v,t] = g_t * scale * softcap' * ((v == target_t) - exp(z - lse_t)) to packed A; adds its row sums to dbias
-  // [cols].
-  void (*gradient_tile)(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
-                        const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
+  // The same tile where the logsumexp is known: the gradient to packed A `p`. s is overwritten.
+  void (*known_tile)(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const Targets& targets,
+                     const LogitMap& map, const RowGradient& gradient, uint32_t* p, int64_t rows_p, int64_t p_offset);
+  // The transposed tile of the gradient: s [cols of the vocabulary, rows] holds raw dot products. Writes dz[v,t], times
+  // the scale, to packed A; adds its row sums to dbias [cols] unless null.
+  void (*gradient_tile)(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const Targets& targets,
+                        const LogitMap& map, const RowGradient& gradient, uint32_t* dz, int64_t rows_dz,
                         int64_t dz_offset, float* dbias);
   // The same from a stashed unit: dz[v,t] = coefficient_t * p[t,v] for p [rows, kColPad], and the row sums unless null.
   void (*unstash)(const void* p, Type type, int64_t rows, int64_t cols, const float* coefficient, uint32_t* dz,

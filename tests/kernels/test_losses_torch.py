@@ -39,8 +39,22 @@ FLAGS = list(itertools.product(BOTH, BOTH, (None, *BOTH), BOTH))
 def test_opcheck_linear(hidden, weight, bias, row_weight, softcap, backend):
     arguments = tensors(torch.bfloat16 if softcap else torch.float32, hidden, weight, bias, row_weight)
     options = (-100, softcap, 0.7)
-    torch.library.opcheck(OPS.linear_log_prob, (*arguments, *options, hidden, backend))
+    torch.library.opcheck(OPS.linear_log_prob, (*arguments, *options, None, hidden, backend))
     torch.library.opcheck(OPS.linear_log_prob_sum, (*arguments, *options, hidden, weight or bool(bias), backend))
+
+
+@VARIANTS
+@pytest.mark.parametrize("hidden, weight, bias", list(itertools.product(BOTH, BOTH, (None, True))))
+def test_opcheck_token_stats(hidden, weight, bias, softcap, backend):
+    arguments = tensors(torch.float32, hidden, weight, bias)
+    options = (-100, softcap, 0.7)
+    one = torch.stack([arguments[3]], dim=1)
+    several = torch.stack([arguments[3], torch.tensor([3, 1, -100, 2, 10])], dim=1)
+    for target, entropy in ((one, True), (several, False)):
+        call = (*arguments[:3], target, arguments[4], *options, hidden, entropy, backend)
+        torch.library.opcheck(OPS.linear_token_stats, call)
+    if softcap is not None:
+        torch.library.opcheck(OPS.linear_mean_logit, (*arguments, *options))
 
 
 @VARIANTS
@@ -48,7 +62,7 @@ def test_opcheck_linear(hidden, weight, bias, row_weight, softcap, backend):
 def test_opcheck_kl(hidden, weight, row_weight, softcap, backend):
     policy_hidden, policy_weight, _, _, rows = tensors(torch.float32, hidden, weight, None, row_weight)
     arguments = (policy_hidden, policy_weight, torch.randn(T, 3), torch.randn(V, 3), rows, softcap, 0.7)
-    torch.library.opcheck(OPS.linear_kl, (*arguments, hidden, backend))
+    torch.library.opcheck(OPS.linear_kl, (*arguments, None, hidden, backend))
     torch.library.opcheck(OPS.linear_kl_sum, (*arguments, hidden, weight, backend))
 
 
@@ -57,23 +71,35 @@ def test_opcheck_kl(hidden, weight, row_weight, softcap, backend):
 def test_opcheck_cross_entropy(needs_gradient, softcap, backend):
     logits = torch.randn(T, V, requires_grad=needs_gradient)
     target = tensors()[3]
-    torch.library.opcheck(OPS.cross_entropy, (logits, target, -100, softcap, 0.7, False, backend))
+    for want_mean in BOTH:
+        torch.library.opcheck(OPS.cross_entropy, (logits, target, -100, softcap, 0.7, want_mean, False, backend))
 
 
 @VARIANTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_backward(dtype, softcap, backend):
     hidden, weight, bias, target, _ = tensors(dtype, bias=False)
-    grad, lse = torch.randn(T), torch.randn(T)
-    options = (softcap, 0.7, backend)
+    grad, lse, logp = torch.randn(T), torch.randn(T), -torch.rand(T)
+    options = (softcap, 0.7)
+    several = torch.stack([target, torch.tensor([1, 2, -100, 3, 4])], dim=1)
+    values = torch.randn(T, 2)
     for head_bias in (None, bias):
-        arguments = (hidden, weight, head_bias, target, lse, grad, -100, *options)
-        torch.library.opcheck(OPS.linear_log_prob_backward_weight, arguments)
+        rows = (hidden, weight, head_bias, target, grad, -100, *options, logp, lse, backend)
+        torch.library.opcheck(OPS.linear_log_prob_backward_weight, rows)
+        for log, wanted in ((None, (False, True)), (grad, (True, False)), (grad, (True, True))):
+            rows = (hidden, weight, head_bias, several, grad, -100, *options, lse, grad, log, values, *wanted, backend)
+            torch.library.opcheck(OPS.linear_token_stats_backward, rows)
+    torch.library.opcheck(OPS.linear_token_stats_dhidden, (hidden, weight, several, grad, values, lse))
+    torch.library.opcheck(OPS.linear_mean_logit_backward, (grad, hidden, weight, bias, target, None, -100, *options))
     reference = (torch.randn(T, 3), torch.randn(V, 3))
-    torch.library.opcheck(OPS.linear_kl_backward_weight, (hidden, weight, *reference, lse, lse, grad, *options))
+    pivot = torch.tensor([0, 3, 10, 2, 2])
+    known = (lse, lse, pivot, torch.rand(T), backend)
+    torch.library.opcheck(OPS.linear_kl_backward_weight, (hidden, weight, *reference, grad, *options, *known))
     logits = torch.randn(T, V).to(dtype)
-    torch.library.opcheck(OPS.cross_entropy_backward, (logits, grad, target, lse, -100, *options))
-    torch.library.opcheck(OPS.cross_entropy_backward_, (logits, grad, target, lse, -100, *options))
+    for uniform in (None, grad):
+        arguments = (logits, target, lse, grad, uniform, grad, -100, *options, backend)
+        torch.library.opcheck(OPS.cross_entropy_backward, arguments)
+        torch.library.opcheck(OPS.cross_entropy_backward_, arguments)
     for stash, scale in (
         (hidden, grad),
         (hidden, torch.tensor(2.0)),
@@ -102,6 +128,7 @@ def test_fakes_are_right_beyond_two_to_the_31(reduction, head_needs_gradient, dt
                 (hidden, weight),
             ),
             (tk.linear_log_prob(hidden, weight, target), (hidden, weight)),
+            (tk.linear_token_stats(hidden, weight, target).entropy, (hidden, weight)),
             (tk.cross_entropy(logits, target, token_weight, reduction=reduction), (logits,)),
         ):
             assert loss.dtype == torch.float32

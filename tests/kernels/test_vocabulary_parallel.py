@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.library import opcheck
 
 import trace_kernels as tk
-from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob_split
-from trace_kernels.ops.linear_kl.op import linear_kl_split
+from trace_kernels.ops.linear_cross_entropy.log_prob import linear_log_prob_op
+from trace_kernels.ops.linear_kl.op import linear_kl_op
 from trace_kernels.runtime import native
 
 T, H, V = 23, 12, 37
@@ -167,10 +167,10 @@ def check_operators(rank):
     hidden = hidden.nan_to_num()
     part, name = slice_of(rank), dist.group.WORLD.group_name
     rows, head, offset = leaves(hidden, weight[part], offset[part])
-    arguments = (rows, head, offset, target, token_weight, -100, 3.0, 0.7, True, "reference", name)
-    opcheck(linear_log_prob_split, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
-    arguments = (rows, head, ref_hidden, ref_weight[part], token_weight, None, 0.7, True, "reference", name)
-    opcheck(linear_kl_split, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    arguments = (rows, head, offset, target, token_weight, -100, 3.0, 0.7, name, True, "reference")
+    opcheck(linear_log_prob_op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    arguments = (rows, head, ref_hidden, ref_weight[part], token_weight, None, 0.7, name, True, "reference")
+    opcheck(linear_kl_op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
     compiled = torch.compile(tk.linear_cross_entropy, fullgraph=True, backend="aot_eager")
     results = []
     for function in (tk.linear_cross_entropy, compiled):

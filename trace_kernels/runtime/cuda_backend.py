@@ -14,9 +14,6 @@ from trace_kernels.runtime.backends import OpBackends
 from trace_kernels.runtime.native import cuda_unavailable, native
 from trace_kernels.runtime.recording import is_recording, record
 
-#: Codes of the element types (csrc/common/cuda.cuh).
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 _emulated: ModuleType | None = None
 
 

@@ -13,6 +13,9 @@ from types import ModuleType
 
 import torch
 
+#: Codes of the element types (csrc/common/tile_kernels.h, csrc/common/cuda.cuh).
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:

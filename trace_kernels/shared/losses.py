@@ -55,6 +55,26 @@ def check_logits(softcap: float | None, logit_scale: float) -> None:
         raise ValueError(f"logit_scale: got {logit_scale}, allowed is a finite number")
 
 
+def check_penalties(label_smoothing: float, z_loss: float) -> None:
+    for name, value, most, allowed in (
+        ("label_smoothing", label_smoothing, 1, "a number from 0 to 1"),
+        ("z_loss", z_loss, math.inf, "a finite number of at least 0"),
+    ):
+        check_number(name, value, allowed)
+        if not 0 <= value <= most or value == math.inf:
+            raise ValueError(f"{name}: got {value}, allowed is {allowed}")
+
+
+def penalised(
+    logp: torch.Tensor, lse: torch.Tensor, mean: torch.Tensor, label_smoothing: float, z_loss: float
+) -> torch.Tensor:
+    """[T] -logp, smoothed over all classes, of which `mean` is the mean logit, and with the squared logsumexp."""
+    loss = -logp
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
+    return loss + z_loss * lse.square() if z_loss > 0 else loss
+
+
 def check_linear(
     hidden: torch.Tensor, weight: torch.Tensor, hidden_name: str = "hidden", weight_name: str = "weight"
 ) -> None:
@@ -92,14 +112,25 @@ def check_target(target: torch.Tensor, leading: torch.Size, device: torch.device
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, allowed is an integer")
 
 
+def check_bias(bias: torch.Tensor, num_classes: int, device: torch.device) -> None:
+    validate.check_dtype("bias", bias, validate.FLOAT_DTYPES)
+    validate.check_shape("bias", bias, (num_classes,), "[V]")
+    validate.check_device("bias", bias, device, "hidden")
+
+
+def check_no_tangents(**tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        validate.check_no_tangent(name, tensor, "the losses")
+
+
 def check_target_values(target: torch.Tensor, num_classes: int, ignore_index: int) -> None:
     """Called inside an op. On a GPU it would synchronise: there such a row yields NaN, unless debugging."""
     if validate.check_values_on(target.device):
         bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
         if bad.any():
-            position = int(bad.nonzero()[0])
+            position = int(bad.view(-1).nonzero()[0])
             raise ValueError(
-                f"target: got {int(target[position])} at flat position {position}, "
+                f"target: got {int(target.view(-1)[position])} at flat position {position}, "
                 f"allowed are [0, {num_classes}) and ignore_index = {ignore_index}"
             )
 

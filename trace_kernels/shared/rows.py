@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.runtime.cuda_backend import ELEMENTS, call
+from trace_kernels.runtime.cuda_backend import call
+from trace_kernels.runtime.native import ELEMENTS
 
 
 def scaled_rows(rows: torch.Tensor, factor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -101,6 +101,15 @@ def transformed(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, with all its digits where x is small: log(1 + x) has none left there."""
+    s = x / (2.0 + x)
+    t = s * s
+    series = 2.0 * s * (1.0 + t * (1.0 / 3.0 + t * (1.0 / 5.0 + t * (1.0 / 7.0))))
+    return tl.where(x < 0.125, series, tl.log(1.0 + x))
+
+
+@triton.jit
 def online_softmax(maximum, total, x):
     """Add a tile ``x [LANES, VEC]`` to each lane's running maximum and sum of exponentials."""
     larger = tl.maximum(maximum, tl.max(x, axis=1))

@@ -99,6 +99,10 @@ def _group(name: str) -> torch.distributed.ProcessGroup:
     return found
 
 
+def rank_in(group_name: str) -> int:
+    return _group(group_name).rank()
+
+
 def gathered(rows: torch.Tensor, group_name: str) -> torch.Tensor:
     """[R, ...]: `rows` of all R processes, in one collective."""
     group = _group(group_name)

@@ -43,6 +43,8 @@ class Case:
         dtype: of the floating inputs.
         build: makes the call; the generator is seeded by the case's name and lives on the CPU.
         benchmark: whether the benchmark runner times it (tests skip these: they are large).
+        relative: None, or how far each number may be off relative to itself, or to the largest of its row. For inputs
+            on which plain torch loses all digits, so that its error is no budget.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     build: Callable[[Case, torch.Generator], Call]
     dtype: torch.dtype = torch.float32
     benchmark: bool = False
+    relative: float | None = None
 
     def call(self, device: torch.device | str = "cpu") -> Call:
         """The inputs, the same on every call and every machine, moved to `device` with strides and offsets."""

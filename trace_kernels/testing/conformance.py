@@ -129,6 +129,8 @@ def errors(op: OpCases, case: Case, backend: str, device: str = "cpu") -> list[s
             if not torch.equal(got[name], expected):
                 differing = int((got[name] != expected).sum())
                 problems.append(f"{name}: {differing} of {expected.numel()} entries differ")
+        elif case.relative is not None:
+            problems += _compare_rows(name, got[name], expected, case.relative)
         else:
             problems += compare(name, got[name], expected, eager.get(name))
     return problems
@@ -153,6 +155,13 @@ def _against_eager(op: OpCases, case: Case, truth: dict[str, torch.Tensor], devi
         if expected.numel() and not (got.double() - expected.double()).abs().max().item() <= bound:
             problems.append(f"{name}: the reference differs from eager in float64 by more than {bound:.3g}")
     return problems
+
+
+def _compare_rows(name: str, got: torch.Tensor, expected: torch.Tensor, relative: float) -> list[str]:
+    scale = expected.double().abs()
+    scale = scale.amax(dim=-1, keepdim=True) if scale.dim() > 1 else scale
+    worst = ((got.double() - expected.double()).abs() / scale.clamp(min=1e-35)).max().item()
+    return [] if worst <= relative else [f"{name}: relative error {worst:.3g}, allowed {relative:.3g}"]
 
 
 def compare(name: str, got: torch.Tensor, expected: torch.Tensor, eager: torch.Tensor | None) -> list[str]:

@@ -13,9 +13,11 @@ template <bool Pairs>
 TK_INLINE void set_ratio(const KlTile& tile, int64_t r, float c) {
   const float change = tile.ratio[r] - c;
   tile.ratio[r] = c;
-  if (tile.d != nullptr)
+  if (tile.d != nullptr) {
     for (int64_t i = r * tile.ldd; i < (r + 1) * tile.ldd; i += kLanes)
       store(tile.d + i, load<vf>(tile.d + i) + load<vf>(tile.ref_d + i) * change);
+    tile.kept[r] += tile.ref_kept[r] * change;
+  }
   if (tile.p != nullptr)
     for (int64_t k = 0; k < tile.p_offset; k += kLanes)
       store_packed<Pairs>(tile.p, tile.rows_p, r, k,
@@ -28,8 +30,9 @@ TK_INLINE bool must_raise(float best, float before) {
   return best > before + kLogLimit || (before == -__builtin_inff() && best > before);
 }
 
+// Returns the tile's maximum of the reference.
 template <bool Pairs>
-TK_INLINE void raise_maxima(const KlTile& tile, int64_t r) {
+TK_INLINE float raise_maxima(const KlTile& tile, int64_t r) {
   const float infinity = __builtin_inff();
   const float best = row_max(tile.s + r * tile.lds, tile.cols), before = tile.max[r];
   if (must_raise(best, before)) {
@@ -39,6 +42,7 @@ TK_INLINE void raise_maxima(const KlTile& tile, int64_t r) {
       tile.sum[r] *= factor;
       tile.ratio[r] *= factor;
       rescale<Pairs>(factor, row_or_null(tile.d, r, tile.ldd), tile.ldd, tile.p, tile.rows_p, r, tile.p_offset);
+      if (tile.d != nullptr) tile.kept[r] *= factor;
     } else {
       tile.cross[r] += static_cast<double>(tile.ref_sum[r]) * best;
     }
@@ -54,9 +58,11 @@ TK_INLINE void raise_maxima(const KlTile& tile, int64_t r) {
                       static_cast<double>(tile.ref_sum[r]) * (static_cast<double>(ref_best) - ref_before);
       rescale<Pairs>(factor, row_or_null(tile.ref_d, r, tile.ldd), tile.ldd, tile.p, tile.rows_p, tile.ref_row + r,
                      tile.p_offset);
+      if (tile.d != nullptr) tile.ref_kept[r] *= factor;
     }
     tile.ref_max[r] = ref_best;
   }
+  return ref_best;
 }
 
 template <bool Pairs>
@@ -71,9 +77,25 @@ void kl_tile(const KlTile& tile) {
       map_row(row, cols, 0, tile.map, slopes);
       map_row(ref_row, cols, 0, tile.map, unused);
     }
-    raise_maxima<Pairs>(tile, r);
+    const float ref_best = raise_maxima<Pairs>(tile, r);
     const float offset = tile.max[r] == -infinity ? 0.0f : tile.max[r];
     const float ref_offset = tile.ref_max[r] == -infinity ? 0.0f : tile.ref_max[r];
+    int64_t column = -1;  // of a new pivot
+    if (ref_best > tile.ref_pivot[r]) {
+      if (tile.top[r] >= 0) {  // the pivot so far joins the others
+        const float z = tile.pivot[r] - offset, ref_z = tile.ref_pivot[r] - ref_offset, e = exp_scalar(ref_z);
+        tile.sum[r] += exp_scalar(z);
+        tile.ref_sum[r] += e;
+        if (e != 0.0f) tile.cross[r] += static_cast<double>(e) * (ref_z - z);
+      }
+      column = 0;
+      while (ref_row[column] != ref_best) ++column;
+      tile.pivot[r] = row[column];
+      tile.ref_pivot[r] = ref_best;
+      tile.slope[r] = tile.map.cap != 0.0f ? slopes[column] : 1.0f;
+      tile.top[r] = tile.v0 + column;
+      row[column] = ref_row[column] = -infinity;
+    }
     vf total = {}, ref_total = {}, cross = {};
     for (int64_t c = 0; c < cols; c += kLanes) {
       const vf z = keep_lanes(load<vf>(row + c), cols - c, -infinity) - offset;
@@ -89,9 +111,17 @@ void kl_tile(const KlTile& tile) {
     tile.ref_sum[r] += sum_lanes(ref_total);
     tile.cross[r] += static_cast<double>(sum_lanes(cross));
     if (tile.p == nullptr) continue;
-    // Too small a c costs nothing; too large a one would drown p~. So it only ever shrinks with the totals' ratio.
-    const float c = tile.sum[r] / tile.ref_sum[r];
-    if ((tile.ratio[r] == 0.0f && c > 1e-20f && c < 1e20f) || tile.ratio[r] > 2.0f * c) set_ratio<Pairs>(tile, r, c);
+    const float own = tile.top[r] < 0 ? 0.0f : exp_scalar(tile.pivot[r] - offset);
+    const float ref_own = tile.top[r] < 0 ? 0.0f : exp_scalar(tile.ref_pivot[r] - ref_offset);
+    if (column >= 0) {
+      row[column] = own;
+      ref_row[column] = ref_own;
+    }
+    // Too small a c costs nothing; too large a one would drown p~. So it only ever shrinks with the totals' ratio; but
+    // a new pivot may hold nearly everything, and then only the exact ratio leaves its p~ - c q~ small.
+    const float c = (tile.sum[r] + own) / (tile.ref_sum[r] + ref_own);
+    const bool usable = c > 1e-20f && c < 1e20f;
+    if ((usable && (tile.ratio[r] == 0.0f || column >= 0)) || tile.ratio[r] > 2.0f * c) set_ratio<Pairs>(tile, r, c);
     const vf ratio = splat(tile.ratio[r]);
     for (int64_t c = 0; c < padded; c += kLanes) {
       vf e = {}, ref_e = {};
@@ -140,6 +170,13 @@ void kl_gradient_tile(const KlGradientTile& tile) {
       }
       store_packed<Pairs>(tile.dz, tile.rows_dz, v, tile.dz_offset + t, value);
     }
+  }
+  for (int64_t t = 0; t < rows; ++t) {
+    const int64_t v = tile.pivot[t] - tile.v0;
+    if (v < 0 || v >= tile.cols) continue;
+    vf slope;
+    map_vec(splat(tile.s[v * tile.lds + t]), 0.0f, tile.map, &slope);
+    store_one<Pairs>(tile.dz, tile.rows_dz, v, tile.dz_offset + t, tile.difference[t] * tile.g[t] * slope[0]);
   }
 }
 

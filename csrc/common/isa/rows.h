@@ -25,7 +25,7 @@ TK_INLINE vf map_logit(vf x, float scale, float cap, vf* slope) {
 }
 
 template <Type T, bool Plain>
-TK_INLINE RowSum row_sum(const void* row, int64_t V, float scale, float cap) {
+TK_INLINE RowSum row_sum(const void* row, int64_t V, float scale, float cap, int64_t target) {
   const float infinity = __builtin_inff();
   constexpr int64_t kBlock = 2048;  // columns between two looks at the maximum; they stay in L1
   float reference = -infinity;
@@ -33,18 +33,26 @@ TK_INLINE RowSum row_sum(const void* row, int64_t V, float scale, float cap) {
   float mapped[kBlock];
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t end = begin + kBlock < V ? begin + kBlock : V;
+    const bool excludes = target >= begin && target < end;
     vf top = splat(-infinity), second = top;
     for (int64_t c = begin; c < end; c += kLanes) {
       vf slope, z = load_logits<T>(row, c, V);
       if constexpr (!Plain) z = map_logit(z, scale, cap, &slope);
-      if constexpr (T != Type::f32 || !Plain) store(mapped + (c - begin), z);
+      if (T != Type::f32 || !Plain || excludes) store(mapped + (c - begin), z);
       z = keep_lanes(z, V - c, -infinity);
       second = z > second ? z : second;
       const vf swap = top;
       top = second;
       second = swap;
     }
-    const float best = max_lanes(top > second ? top : second);
+    const float* from = mapped;
+    if constexpr (T == Type::f32 && Plain)
+      if (!excludes) from = static_cast<const float*>(row) + begin;
+    float best = max_lanes(top > second ? top : second);
+    if (excludes) {
+      mapped[target - begin] = -infinity;
+      best = row_max(mapped, end - begin);
+    }
     if (best > reference) {
       if (reference != -infinity) sum *= static_cast<double>(exp_vec(splat(reference - best))[0]);
       reference = best;
@@ -56,66 +64,55 @@ TK_INLINE RowSum row_sum(const void* row, int64_t V, float scale, float cap) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int64_t at = c + i * kLanes;
-        vf z;
-        if constexpr (T != Type::f32 || !Plain) {
-          z = load<vf>(mapped + (at - begin));
-        } else {
-          z = load<vf>(static_cast<const float*>(row) + at);
-        }
-        total[i] += exp_vec(z - offset);
+        total[i] += exp_vec(load<vf>(from + (at - begin)) - offset);
         // The next block meanwhile, which the next search for a maximum would wait for.
         __builtin_prefetch(static_cast<const char*>(row) + (at + kBlock) * size_of(T), 0, 3);
       }
     }
-    for (; c < end; c += kLanes) {
-      vf z;
-      if constexpr (T != Type::f32 || !Plain) {
-        z = load<vf>(mapped + (c - begin));
-      } else {
-        z = load_logits<T>(row, c, V);
-      }
-      total[0] += exp_vec(keep_lanes(z, V - c, -infinity) - offset);
-    }
+    for (; c < end; c += kLanes)
+      total[0] += exp_vec(keep_lanes(load_left(from + (c - begin), end - c), end - c, -infinity) - offset);
     sum += static_cast<double>(sum_lanes((total[0] + total[1]) + (total[2] + total[3])));
   }
   return {reference, sum};
 }
 
-inline RowSum row_log_sum(Type type, const void* row, int64_t V, float scale, float cap) {
+inline RowSum row_log_sum(Type type, const void* row, int64_t V, float scale, float cap, int64_t target) {
   RowSum out{};
   for_type<false>(type, [&]<Type T>() {
-    out = scale == 1.0f && cap == 0.0f ? row_sum<T, true>(row, V, scale, cap) : row_sum<T, false>(row, V, scale, cap);
+    out = scale == 1.0f && cap == 0.0f ? row_sum<T, true>(row, V, scale, cap, target)
+                                       : row_sum<T, false>(row, V, scale, cap, target);
   });
   return out;
 }
 
 template <Type T, bool Plain>
-TK_INLINE void row_dz(const void* row, void* out, int64_t V, float scale, float cap, float lse, float g) {
-  const vf minus_g = splat(-g), offset = splat(lse);
+TK_INLINE void row_dz(const void* row, void* out, int64_t V, float scale, float cap, float lse,
+                      const LogitGradient& gradient) {
+  const vf constant = splat(gradient.constant), uniform = splat(gradient.uniform), offset = splat(lse);
   constexpr int64_t kAhead = 4096;  // bytes: the processor's own prefetcher stops at the end of a page
   for (int64_t c = 0; c < V; c += kLanes) {
     __builtin_prefetch(static_cast<const char*>(row) + c * size_of(T) + kAhead, 0, 3);
     vf slope, z = load_logits<T>(row, c, V);
     if constexpr (!Plain) z = map_logit(z, scale, cap, &slope);
-    vf value = exp_vec(z - offset) * minus_g;
+    vf value = exp_vec(z - offset) * constant + uniform;
     if constexpr (!Plain) value *= slope;
     store_some<T>(out, c, value, V - c);
   }
 }
 
-inline void row_gradient(Type type, const void* row, void* out, int64_t V, float scale, float cap, float lse, float g,
-                         int64_t target) {
+inline void row_gradient(Type type, const void* row, void* out, int64_t V, float scale, float cap, float lse,
+                         const LogitGradient& gradient, int64_t target) {
   for_type<false>(type, [&]<Type T>() {
     vf slope;
     const vf raw =
         reinterpret_cast<vf>(load_dwords<T, false>(static_cast<const char*>(row) + target * size_of(T), 0, 1));
-    const float z = map_logit(raw, scale, cap, &slope)[0];
+    map_logit(raw, scale, cap, &slope);
     if (scale == 1.0f && cap == 0.0f) {
-      row_dz<T, true>(row, out, V, scale, cap, lse, g);
+      row_dz<T, true>(row, out, V, scale, cap, lse, gradient);
     } else {
-      row_dz<T, false>(row, out, V, scale, cap, lse, g);
+      row_dz<T, false>(row, out, V, scale, cap, lse, gradient);
     }
-    store_some<T>(out, target, splat(-__builtin_expm1f(z - lse) * g * slope[0]), 1);
+    store_some<T>(out, target, splat(gradient.at_target * slope[0]), 1);
   });
 }
 

@@ -111,27 +111,39 @@ TK_INLINE void rescale(float factor, float* d, int64_t n, uint32_t* p, int64_t r
       store_packed<Pairs>(p, rows_p, r, i, load_packed<Pairs>(p, rows_p, r, i) * factor);
 }
 
-template <bool Pairs>
-void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const int64_t* target,
-                  const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
-                  float* d, int64_t ldd, const Stash* stash, int64_t stash_row) {
+// The columns of a tile that are targets of a row, in place: their logits and slopes to the state, and -inf in their
+// place. Classes may repeat, so all are read before one is overwritten.
+TK_INLINE void take_targets(float* row, const float* slopes, int64_t cols, int64_t v0, const int64_t* classes,
+                            int64_t count, float* logit, float* slope) {
+  const auto inside = [&](int64_t k) { return classes[k] >= v0 && classes[k] < v0 + cols; };
+  for (int64_t k = 0; k < count; ++k) {
+    if (!inside(k)) continue;
+    logit[k] = row[classes[k] - v0];
+    slope[k] = slopes == nullptr ? 1.0f : slopes[classes[k] - v0];
+  }
+  for (int64_t k = 0; k < count; ++k)
+    if (inside(k)) row[classes[k] - v0] = -__builtin_inff();
+}
+
+template <bool Pairs, bool Entropy>
+TK_INLINE void softmax_rows(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const Targets& targets,
+                            const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p,
+                            int64_t p_offset, float* d, int64_t ldd, const Stash* stash, int64_t stash_row) {
   const float infinity = __builtin_inff();
-  const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad);
+  const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad), K = targets.count;
   const bool plain = map.bias == nullptr && map.cap == 0.0f && map.scale == 1.0f;
   float slopes[kMaxTileCols];
   for (int64_t r = 0; r < rows; ++r) {
     float* row = s + r * lds;
     if (!plain) map_row(row, cols, v0, map, slopes);
-    const int64_t mine = target[r] - v0;
-    if (mine >= 0 && mine < cols) {
-      state.target_logit[r] = row[mine];
-      state.target_slope[r] = map.cap != 0.0f ? slopes[mine] : 1.0f;
-      row[mine] = -infinity;
-    }
+    take_targets(row, map.cap != 0.0f ? slopes : nullptr, cols, v0, targets.classes + r * K, K,
+                 state.target_logit + r * K, state.target_slope + r * K);
     const float best = row_max(row, cols);
     float reference = state.max[r];
     if (best > reference + kLogLimit || (reference == -infinity && best > -infinity)) {
       const float factor = reference == -infinity ? 0.0f : exp_scalar(reference - best);
+      if constexpr (Entropy)
+        state.gap[r] = factor == 0.0f ? 0.0f : factor * (state.gap[r] + state.sum[r] * (reference - best));
       state.sum[r] *= factor;
       if (reference != -infinity) {
         rescale<Pairs>(factor, d == nullptr ? nullptr : d + r * ldd, ldd, p, rows_p, r, p_offset);
@@ -142,19 +154,87 @@ void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0,
       state.max[r] = reference = best;
     }
     const float offset = reference == -infinity ? 0.0f : reference;
-    vf total[2] = {};
+    int64_t column = -1;  // of a new pivot
+    if constexpr (Entropy) {
+      if (best > state.pivot[r]) {
+        if (state.pivot[r] != -infinity) {  // the pivot so far joins the others
+          const float above = state.pivot[r] - offset, joining = exp_scalar(above);
+          state.sum[r] += joining;
+          state.gap[r] += joining * above;
+        }
+        column = 0;
+        while (row[column] != best) ++column;
+        row[column] = -infinity;
+        state.pivot[r] = best;
+        state.top[r] = v0 + column;
+      }
+    }
+    vf total[2] = {}, gap = {};
     for (int64_t c = 0; c < padded; c += kLanes) {
       vf e = {};
       if (c < cols) {
-        const vf z = keep_lanes(load<vf>(row + c), cols - c, -infinity);
-        e = exp_vec(z - offset);
+        const vf z = keep_lanes(load<vf>(row + c), cols - c, -infinity) - offset;
+        e = exp_vec(z);
         total[c / kLanes % 2] += e;
+        if constexpr (Entropy) gap += e == vf{} ? vf{} : e * z;
         if (map.cap != 0.0f) e *= keep_lanes(load<vf>(slopes + c), cols - c, 0.0f);
       }
       if (p != nullptr) store_packed<Pairs>(p, rows_p, r, p_offset + c, e);
       if (stash != nullptr && c < cols) store_stash(*stash, stash_row + r, v0 + c, e);
     }
     state.sum[r] += sum_lanes(total[0] + total[1]);
+    if constexpr (Entropy) {
+      state.gap[r] += sum_lanes(gap);
+      if (p != nullptr && column >= 0)
+        store_one<Pairs>(p, rows_p, r, p_offset + column,
+                         exp_scalar(best - offset) * (map.cap != 0.0f ? slopes[column] : 1.0f));
+    }
+  }
+}
+
+template <bool Pairs>
+void softmax_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const Targets& targets,
+                  const LogitMap& map, const SoftmaxState& state, uint32_t* p, int64_t rows_p, int64_t p_offset,
+                  float* d, int64_t ldd, const Stash* stash, int64_t stash_row) {
+  if (state.gap != nullptr) {
+    softmax_rows<Pairs, true>(s, lds, rows, cols, v0, targets, map, state, p, rows_p, p_offset, d, ldd, stash,
+                              stash_row);
+  } else {
+    softmax_rows<Pairs, false>(s, lds, rows, cols, v0, targets, map, state, p, rows_p, p_offset, d, ldd, stash,
+                               stash_row);
+  }
+}
+
+// What multiplies p; p is 0 where log p is cut off.
+TK_INLINE vf gradient_weight(vf log_p, vf constant, vf log) { return constant + log * at_least(log_p, -104.0f); }
+
+template <bool Pairs>
+void known_tile(float* s, int64_t lds, int64_t rows, int64_t cols, int64_t v0, const Targets& targets,
+                const LogitMap& map, const RowGradient& gradient, uint32_t* p, int64_t rows_p, int64_t p_offset) {
+  const int64_t padded = round_up(cols, Pairs ? 2 * kKPad : kKPad), K = targets.count;
+  float slopes[kMaxTileCols];
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = s + r * lds;
+    map_row(row, cols, v0, map, slopes);
+    const vf high = splat(gradient.lse.high[r]), low = splat(gradient.lse.low[r]);
+    const vf constant = splat(gradient.constant[r]);
+    const vf log = splat(gradient.log == nullptr ? 0.0f : gradient.log[r]);
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      vf value = {};
+      if (c < cols) {
+        const vf log_p = (load<vf>(row + c) - high) - low;
+        value = exp_vec(log_p) * gradient_weight(log_p, constant, log);
+        if (map.cap != 0.0f) value *= load<vf>(slopes + c);
+        value = keep_lanes(value, cols - c, 0.0f);
+      }
+      store_packed<Pairs>(p, rows_p, r, p_offset + c, value);
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t c = targets.classes[r * K + k] - v0;
+      if (c < 0 || c >= cols) continue;
+      store_one<Pairs>(p, rows_p, r, p_offset + c,
+                       gradient.at_target[r * K + k] * (map.cap != 0.0f ? slopes[c] : 1.0f));
+    }
   }
 }
 
@@ -171,36 +251,50 @@ TK_INLINE vf map_vec(vf s, float bias, const LogitMap& map, vf* slope) {
 }
 
 template <bool Pairs>
-void gradient_tile(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const int64_t* target,
-                   const LogitMap& map, const LogSumExp& lse, const float* g, uint32_t* dz, int64_t rows_dz,
-                   int64_t dz_offset, float* dbias) {
-  const int64_t padded = round_up(rows, Pairs ? 2 * kKPad : kKPad);
+void gradient_tile(const float* s, int64_t lds, int64_t cols, int64_t rows, int64_t v0, const Targets& targets,
+                   const LogitMap& map, const RowGradient& gradient, uint32_t* dz, int64_t rows_dz, int64_t dz_offset,
+                   float* dbias) {
+  const int64_t padded = round_up(rows, Pairs ? 2 * kKPad : kKPad), K = targets.count;
+  bool is_target[kMaxTileCols] = {};  // of any row: what the column adds to dbias must then leave that row out
+  if (dbias != nullptr)
+    for (int64_t i = 0; i < rows * K; ++i) {
+      const int64_t v = targets.classes[i] - v0;
+      if (v >= 0 && v < cols) is_target[v] = true;
+    }
   for (int64_t v = 0; v < cols; ++v) {
     const float bias = map.bias != nullptr ? map.bias[v0 + v] : 0.0f;
     vf total = {};
     for (int64_t t = 0; t < padded; t += kLanes) {
       vf value = {};
       if (t < rows) {
+        const int64_t left = rows - t;
         vf slope;
         const vf z = map_vec(load<vf>(s + v * lds + t), bias, map, &slope);
-        const vf log_p = (z - load_left(lse.high + t, rows - t)) - load_left(lse.low + t, rows - t);
-        value = keep_lanes(exp_vec(log_p) * load_left(g + t, rows - t) * -slope, rows - t, 0.0f);
-        total += value;
+        const vf log_p = (z - load_left(gradient.lse.high + t, left)) - load_left(gradient.lse.low + t, left);
+        vf weight = load_left(gradient.constant + t, left);
+        if (gradient.log != nullptr) weight = gradient_weight(log_p, weight, load_left(gradient.log + t, left));
+        value = keep_lanes(exp_vec(log_p) * weight * slope, left, 0.0f);
+        if (is_target[v]) {
+          vf others = value;
+          for (int64_t i = 0; i < kLanes && i < left; ++i)
+            for (int64_t k = 0; k < K; ++k)
+              if (targets.classes[(t + i) * K + k] == v0 + v) others[i] = 0.0f;
+          total += others;
+        } else {
+          total += value;
+        }
       }
       store_packed<Pairs>(dz, rows_dz, v, dz_offset + t, value);
     }
     if (dbias != nullptr) dbias[v] += sum_lanes(total);
   }
-  // The target's own element: 1 - p, without cancellation.
-  for (int64_t t = 0; t < rows; ++t) {
-    const int64_t v = target[t] - v0;
+  for (int64_t i = 0; i < rows * K; ++i) {
+    const int64_t v = targets.classes[i] - v0, t = i / K;
     if (v < 0 || v >= cols) continue;
     vf slope;
-    const float z = map_vec(splat(s[v * lds + t]), map.bias != nullptr ? map.bias[v0 + v] : 0.0f, map, &slope)[0];
-    const float log_p = (z - lse.high[t]) - lse.low[t];
-    const float unit = g[t] * slope[0];
-    const float value = -__builtin_expm1f(log_p) * unit;
-    if (dbias != nullptr) dbias[v] += value + exp_vec(splat(log_p))[0] * unit;
+    map_vec(splat(s[v * lds + t]), map.bias != nullptr ? map.bias[v0 + v] : 0.0f, map, &slope);
+    const float value = gradient.at_target[i] * slope[0];
+    if (dbias != nullptr) dbias[v] += value;
     store_one<Pairs>(dz, rows_dz, v, dz_offset + t, value);
   }
 }

@@ -87,25 +87,31 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const T* logits, Rows
   lse[row] = result.lse;
 }
 
+// Of rows [T]: d loss / d x is constant * p + uniform, at the label at_label; uniform may be null, for 0.
+struct Gradient {
+  const float *lse, *constant, *uniform, *at_label;
+};
+
 // A block takes a piece of a row, kInFlight vectors a thread. `dlogits` may be `logits`.
 template <typename T, bool SOFTCAP>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(const float* grad_logp, const T* logits, Rows p, const float* lse, T* dlogits, int64_t out_stride,
-                    int pieces) {
+    backward_kernel(const T* logits, Rows p, Gradient gradient, T* dlogits, int64_t out_stride, int pieces) {
   const int64_t row = blockIdx.x / pieces;
   const int piece = static_cast<int>(blockIdx.x) % pieces, thread = static_cast<int>(threadIdx.x);
   const int64_t target = p.target[row];
   const int label = p.label(target);
+  float constant = gradient.constant[row], at_label = gradient.at_label[row];
+  float uniform = gradient.uniform == nullptr ? 0.0f : gradient.uniform[row];
   // Rows without a gradient get exact zeros, whatever their logits hold, which are not even read.
-  const bool zero = target == p.ignore_index || grad_logp[row] == 0.0f;
-  const float gradient = label >= 0 ? grad_logp[row] * p.map.scale : NAN;
-  const float normalizer = lse[row];
+  const bool zero = target == p.ignore_index || (constant == 0.0f && uniform == 0.0f && at_label == 0.0f);
+  if (label < 0) constant = NAN;
+  const float normalizer = gradient.lse[row];
   logits += row * p.stride;
   dlogits += row * out_stride;
   const auto derivative = [&](int column, float logit) {
     const Mapped mapped = map_logit<SOFTCAP>(logit, p.map);
-    const float dx = (column == label ? 1.0f : 0.0f) - __expf(mapped.x - normalizer);
-    return zero ? 0.0f : dx * mapped.slope * gradient;
+    const float dx = column == label ? at_label : __expf(mapped.x - normalizer) * constant + uniform;
+    return zero ? 0.0f : dx * mapped.slope * p.map.scale;
   };
 
   VectorRow<T> vectors(logits, p.num_classes);
@@ -148,19 +154,21 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-[[maybe_unused]] void cross_entropy_backward_cuda(uintptr_t grad_logp, uintptr_t logits, int element, int64_t num_rows,
-                                                  int64_t num_classes, int64_t stride, uintptr_t target,
-                                                  int64_t ignore_index, float cap, float scale, uintptr_t lse,
-                                                  uintptr_t dlogits, int64_t out_stride, uintptr_t stream) {
+[[maybe_unused]] void cross_entropy_backward_cuda(uintptr_t logits, int element, int64_t num_rows, int64_t num_classes,
+                                                  int64_t stride, uintptr_t target, int64_t ignore_index, float cap,
+                                                  float scale, uintptr_t lse, uintptr_t constant, uintptr_t uniform,
+                                                  uintptr_t at_label, uintptr_t dlogits, int64_t out_stride,
+                                                  uintptr_t stream) {
   if (num_rows == 0) return;
-  const Rows p{checked_int(num_classes), stride, reinterpret_cast<const int64_t*>(target), ignore_index, {cap, scale}};
+  const Rows p{checked_int(num_classes), stride, pointer<const int64_t>(target), ignore_index, {cap, scale}};
+  const Gradient gradient{pointer<const float>(lse), pointer<const float>(constant), pointer<const float>(uniform),
+                          pointer<const float>(at_label)};
   with_element(element, [&](auto type) {
     using T = decltype(type);
     const int pieces = static_cast<int>(ceil_div(num_classes, kVector<T> * kThreads * kInFlight));
     with_flag(cap != 0.0f, [&](auto softcap) {
       launch(backward_kernel<T, softcap.value>, blocks_of(num_rows * pieces), kThreads, stream,
-             reinterpret_cast<const float*>(grad_logp), reinterpret_cast<const T*>(logits), p,
-             reinterpret_cast<const float*>(lse), reinterpret_cast<T*>(dlogits), out_stride, pieces);
+             pointer<const T>(logits), p, gradient, pointer<T>(dlogits), out_stride, pieces);
     });
   });
 }

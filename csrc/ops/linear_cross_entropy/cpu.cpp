@@ -23,11 +23,24 @@ namespace tk::linear_cross_entropy {
 namespace {
 
 struct Outputs {
-  float *logp, *lse;  // [T]
-  void* dhidden;      // [T, H] contiguous in hidden's type, or null
+  float *logp, *lse;  // [T, K], [T]
+  // [T, H] contiguous in hidden's type, or null: d logp / d h; or, with `exclude`, what the columns other than the
+  // targets add to d lse / d h.
+  void* dhidden;
+  bool exclude;
+  float* slope;  // [T, K] dz / d (W h) at the targets, or null
+  // [T], with the entropy only: it, the largest class, the first of several, and its log-probability.
+  float *entropy, *top_logp;
+  int64_t* top;
   // What the head's gradient needs, per row that counts; null without one.
-  float *lse_high = nullptr, *lse_low = nullptr;
+  float *lse_high = nullptr, *lse_low = nullptr, *target_dz = nullptr;
   const float* g = nullptr;
+};
+
+// A class that stays out of a row's sum: its logit, and exp of it relative to the row's largest.
+struct Single {
+  int64_t column;
+  double z, term;
 };
 
 // Room for p of the first rows until the normalisers are known, and what they turn out to be: see WeightGradient.
@@ -39,8 +52,15 @@ struct Stashed {
 
 class Forward {
  public:
-  Forward(const Problem& p, const Outputs& out, const Plan& plan, const Stashed& stashed)
-      : p_(p), out_(out), plan_(plan), stashed_(stashed), kernels_(tile_kernels(p.weight.type)) {
+  // known: the gradient whose product with the head is wanted, where the logsumexp is known; or null.
+  Forward(const Problem& p, const Outputs& out, const Plan& plan, const Stashed& stashed, const RowGradient* known)
+      : p_(p),
+        out_(out),
+        plan_(plan),
+        stashed_(stashed),
+        known_(known),
+        K_(p.targets.count),
+        kernels_(tile_kernels(p.weight.type)) {
     const bool gradient = out_.dhidden != nullptr;
     h2_ = k_dwords(kernels_, p_.H);
     ldd_ = c_stride(p_.H);
@@ -48,14 +68,15 @@ class Forward {
     cols_ = plan_.tile_cols;
     c2_ = k_dwords(kernels_, cols_);
     for (int g = 0; g < plan_.groups; ++g) {
-      groups_.push_back(
-          {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<float>(rows), memory_.add<float>(rows)});
+      groups_.push_back({memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<float>(rows * K_),
+                         memory_.add<float>(rows * K_)});
       for (int m = 0; m < plan_.members; ++m) {
         threads_.push_back({memory_.add<uint32_t>(h2_ * cols_), memory_.add<uint32_t>(gradient ? c2_ * ldd_ : 0),
                             memory_.add<float>(plan_.tile_rows * kScoreStride),
                             memory_.add<uint32_t>(gradient ? packed_a_dwords(c2_, plan_.tile_rows) : 0),
                             memory_.add<float>(gradient ? rows * ldd_ : 0), memory_.add<float>(rows),
-                            memory_.add<float>(rows)});
+                            memory_.add<float>(rows), memory_.add<float>(entropy() ? rows : 0),
+                            memory_.add<float>(entropy() ? rows : 0), memory_.add<int64_t>(entropy() ? rows : 0)});
       }
     }
     memory_.allocate();
@@ -84,10 +105,20 @@ class Forward {
     int64_t a, target_logit, target_slope;
   };
   struct ThreadMemory {
-    int64_t bt, b, s, p, d, max, sum;
+    int64_t bt, b, s, p, d, max, sum, pivot, gap, top;
   };
 
   const ThreadMemory& memory_of(int group, int member) const { return threads_[group * plan_.members + member]; }
+  bool entropy() const { return out_.entropy != nullptr; }
+  SoftmaxState state_of(const GroupMemory& shared, const ThreadMemory& mine) const {
+    return {memory_.at<float>(mine.max),
+            memory_.at<float>(mine.sum),
+            memory_.at<float>(shared.target_logit),
+            memory_.at<float>(shared.target_slope),
+            entropy() ? memory_.at<float>(mine.pivot) : nullptr,
+            entropy() ? memory_.at<int64_t>(mine.top) : nullptr,
+            entropy() ? memory_.at<float>(mine.gap) : nullptr};
+  }
 
   void block(int64_t r0, int64_t rows, int group, int member, int members) {
     const GroupMemory& shared = groups_[group];
@@ -97,15 +128,17 @@ class Forward {
     Barrier& barrier = barriers_[group];
 
     pack_share(kernels_, p_.hidden, r0, rows, p_.H, block_rows, a, member, members);
-    auto* max = memory_.at<float>(mine.max);
-    auto* sum = memory_.at<float>(mine.sum);
-    std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
-    std::fill(sum, sum + rows, 0.0f);
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    const SoftmaxState state = state_of(shared, mine);
+    std::fill_n(state.max, rows, kNone);
+    std::fill_n(state.sum, rows, 0.0f);
+    if (entropy()) {
+      std::fill_n(state.pivot, rows, kNone);
+      std::fill_n(state.gap, rows, 0.0f);
+    }
     if (member == 0) {  // what a target that is no class keeps: a probability of 0
-      auto* logit = memory_.at<float>(shared.target_logit);
-      std::fill(logit, logit + rows, -std::numeric_limits<float>::infinity());
-      auto* slope = memory_.at<float>(shared.target_slope);
-      std::fill(slope, slope + rows, 0.0f);
+      std::fill_n(state.target_logit, rows * K_, kNone);
+      std::fill_n(state.target_slope, rows * K_, 0.0f);
     }
     barrier.wait(members);
 
@@ -115,7 +148,8 @@ class Forward {
     barrier.wait(members);
 
     const Range merged = split(rows, member, members);
-    for (int64_t r = merged.begin; r < merged.end; ++r) merge(r0, r, group, members);
+    for (int64_t r = merged.begin; r < merged.end; ++r)
+      known_ == nullptr ? merge(r0, r, group, members) : add(r0, r, group, members);
     barrier.wait(members);
   }
 
@@ -140,16 +174,20 @@ class Forward {
     }
     for (int64_t t0 = 0; t0 < rows; t0 += plan_.tile_rows) {
       const int64_t n = std::min(plan_.tile_rows, rows - t0);
-      const SoftmaxState state{memory_.at<float>(mine.max) + t0, memory_.at<float>(mine.sum) + t0,
-                               memory_.at<float>(shared.target_logit) + t0,
-                               memory_.at<float>(shared.target_slope) + t0};
+      const SoftmaxState state = state_of(shared, mine).from(t0, K_);
+      const Targets targets = p_.targets.from(r0 + t0);
       // The first tile finds no gradient to rescale.
       float* accumulated = first || !gradient ? nullptr : d + t0 * ldd_;
       for (int64_t c0 = 0; c0 < cols; c0 += kScoreCols) {
         const int64_t width = std::min(kScoreCols, cols - c0);
         kernels_.gemm(a + t0 * kKS, block_rows, bt + c0 * h2_, s, kScoreStride, n, width, h2_, false);
-        kernels_.softmax_tile(s, kScoreStride, n, width, v0 + c0, p_.target + r0 + t0, p_.map, state, packed_p,
-                              plan_.tile_rows, c0, accumulated, ldd_, stash, r0 + t0);
+        if (known_ != nullptr) {
+          kernels_.known_tile(s, kScoreStride, n, width, v0 + c0, targets, p_.map, known_->from(r0 + t0, K_), packed_p,
+                              plan_.tile_rows, c0);
+        } else {
+          kernels_.softmax_tile(s, kScoreStride, n, width, v0 + c0, targets, p_.map, state, packed_p, plan_.tile_rows,
+                                c0, accumulated, ldd_, stash, r0 + t0);
+        }
       }
       if (gradient)
         kernels_.gemm(packed_p, plan_.tile_rows, b, d + t0 * ldd_, ldd_, n, p_.H, k_dwords(kernels_, cols), !first);
@@ -158,11 +196,24 @@ class Forward {
 
   // Row r of the block from the parts of the threads; the state is in double here.
   void merge(int64_t r0, int64_t r, int group, int members) {
+    constexpr double kNone = -std::numeric_limits<double>::infinity();
     const GroupMemory& shared = groups_[group];
-    const double logit = memory_.at<float>(shared.target_logit)[r];
-    double top = logit;
-    for (int m = 0; m < members; ++m) top = std::max(top, double{memory_.at<float>(memory_of(group, m).max)[r]});
-    double others = 0.0;
+    const float* logit = memory_.at<float>(shared.target_logit) + r * K_;
+    const float* slope = memory_.at<float>(shared.target_slope) + r * K_;
+    const int64_t* classes = p_.targets.classes + (r0 + r) * K_;
+    double largest = kNone, pivot = kNone;
+    int64_t pivot_class = -1;
+    for (int64_t k = 0; k < K_; ++k) largest = std::max(largest, double{logit[k]});
+    for (int m = 0; m < members; ++m) {
+      const ThreadMemory& part = memory_of(group, m);
+      largest = std::max(largest, double{memory_.at<float>(part.max)[r]});
+      if (entropy() && memory_.at<float>(part.pivot)[r] > pivot) {
+        pivot = memory_.at<float>(part.pivot)[r];
+        pivot_class = memory_.at<int64_t>(part.top)[r];
+      }
+    }
+    // Of the columns other than the targets and the pivot, relative to `largest`.
+    double others = 0.0, gap = 0.0;
     const float* parts[kMaxParts];
     double factors[kMaxParts];
     float beta[kMaxParts];
@@ -173,23 +224,61 @@ class Forward {
       const ThreadMemory& part = memory_of(group, m);
       const double part_max = memory_.at<float>(part.max)[r], part_sum = memory_.at<float>(part.sum)[r];
       // A part without a maximum is empty (sum 0) or holds NaN only (sum NaN, which must get through).
-      const double factor = std::isinf(part_max) && part_max < 0 ? 0.0 : std::exp(part_max - top);
+      const double factor = std::isinf(part_max) && part_max < 0 ? 0.0 : std::exp(part_max - largest);
       others += part_sum * factor;
+      if (entropy() && factor > 0) {
+        gap += factor * (memory_.at<float>(part.gap)[r] + part_sum * (part_max - largest));
+        const double own = memory_.at<float>(part.pivot)[r];
+        if (memory_.at<int64_t>(part.top)[r] != pivot_class && own > kNone) {
+          others += std::exp(own - largest);
+          gap += std::exp(own - largest) * (own - largest);
+        }
+      }
       factors[used] = factor;
       parts[used++] = memory_.at<float>(part.d) + r * ldd_;
     }
-    const double own = std::exp(logit - top), total = own + others;
-    const int64_t at = p_.hidden.index ? p_.hidden.index[r0 + r] : r0 + r;
-    const double lse = top + std::log(total);
+    // The classes that are known one by one: targets, each once, and the pivot.
+    thread_local std::vector<Single> singles;
+    singles.clear();
+    for (int64_t k = 0; k < K_; ++k)
+      if (std::find(classes, classes + k, classes[k]) == classes + k)
+        singles.push_back({classes[k], logit[k], std::exp(logit[k] - largest)});
+    if (pivot_class >= 0) singles.push_back({pivot_class, pivot, std::exp(pivot - largest)});
+    const auto all_but = [&](int64_t excluded) {
+      double sum = others;
+      for (const Single& single : singles)
+        if (single.column != excluded) sum += single.term;
+      return sum;
+    };
+    const double total = all_but(-1), lse = largest + std::log(total);
+    const auto log_prob = [&](int64_t column, double z, double term) {
+      return term > 0 ? -std::log1p(all_but(column) / term) : z - lse;
+    };
+    const int64_t row = r0 + r, at = p_.hidden.index ? p_.hidden.index[row] : row;
     out_.lse[at] = static_cast<float>(lse);
-    out_.logp[at] = static_cast<float>(own > 0 ? -std::log1p(others / own) : logit - lse);
+    for (int64_t k = 0; k < K_; ++k) {
+      out_.logp[at * K_ + k] = static_cast<float>(log_prob(classes[k], logit[k], std::exp(logit[k] - largest)));
+      if (out_.slope != nullptr) out_.slope[at * K_ + k] = p_.map.scale * slope[k];
+    }
+    if (entropy()) {
+      double sum = -(gap + others * (largest - lse)) / total;
+      const Single* top = nullptr;
+      for (const Single& single : singles) {
+        if (single.term > 0) sum -= single.term / total * log_prob(single.column, single.z, single.term);
+        if (single.column < 0 || single.column >= p_.V) continue;
+        if (top == nullptr || single.z > top->z || (single.z == top->z && single.column < top->column)) top = &single;
+      }
+      out_.entropy[at] = static_cast<float>(sum);
+      out_.top[at] = top == nullptr ? 0 : top->column;
+      out_.top_logp[at] = top == nullptr ? std::nanf("") : static_cast<float>(log_prob(top->column, top->z, top->term));
+    }
     const double scale = p_.map.scale;
-    const double target_slope = scale * others / total * memory_.at<float>(shared.target_slope)[r];
+    const double target_slope = scale * others / total * slope[0];  // of the only target, unless excluded
     if (out_.g != nullptr) {
-      const int64_t row = r0 + r;
       const double g = out_.g[row];
       out_.lse_high[row] = out_.lse[at];
       out_.lse_low[row] = static_cast<float>(lse - out_.lse[at]);
+      out_.target_dz[row] = static_cast<float>(g * others / total);
       if (row < stashed_.num_rows) {
         stashed_.target_value[row] = static_cast<float>(g * target_slope);
         for (int i = 0; i < used; ++i)
@@ -197,13 +286,28 @@ class Forward {
       }
     }
     if (out_.dhidden == nullptr) return;
-    for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(-scale * factors[i] / total);
-    const auto alpha = static_cast<float>(target_slope);
-    const int64_t bytes = bytes_of(p_.weight.type);
-    const int64_t target = p_.target[r0 + r], column = target >= 0 && target < p_.V ? target : 0;
-    const char* row = static_cast<const char*>(p_.weight.data) + column * p_.weight.stride * bytes;
-    kernels_.combine_row(parts, beta, used, row, alpha, p_.H, p_.weight.type,
-                         static_cast<char*>(out_.dhidden) + at * p_.H * bytes);
+    const double sign = out_.exclude ? scale : -scale;
+    for (int i = 0; i < used; ++i) beta[i] = static_cast<float>(sign * factors[i] / total);
+    const int64_t bytes = bytes_of(p_.weight.type), column = classes[0] >= 0 && classes[0] < p_.V ? classes[0] : 0;
+    const char* target_row = static_cast<const char*>(p_.weight.data) + column * p_.weight.stride * bytes;
+    kernels_.combine_row(parts, beta, used, out_.exclude ? nullptr : target_row, static_cast<float>(target_slope), p_.H,
+                         p_.weight.type, static_cast<char*>(out_.dhidden) + at * p_.H * bytes);
+  }
+
+  // Row r of the product of a known gradient.
+  void add(int64_t r0, int64_t r, int group, int members) {
+    const float* parts[kMaxParts];
+    float beta[kMaxParts];
+    int used = 0;
+    for (int m = 0; m < members; ++m) {
+      const Range range = member_columns(p_.V, m, members);
+      if (range.begin >= range.end) continue;
+      beta[used] = p_.map.scale;
+      parts[used++] = memory_.at<float>(memory_of(group, m).d) + r * ldd_;
+    }
+    const int64_t at = p_.hidden.index ? p_.hidden.index[r0 + r] : r0 + r;
+    kernels_.combine_row(parts, beta, used, nullptr, 0.0f, p_.H, p_.weight.type,
+                         static_cast<char*>(out_.dhidden) + at * p_.H * bytes_of(p_.weight.type));
   }
 
  public:
@@ -214,6 +318,8 @@ class Forward {
   const Outputs& out_;
   const Plan& plan_;
   const Stashed& stashed_;
+  const RowGradient* known_;
+  const int64_t K_;
   const TileKernels& kernels_;
   int parts_ = 1;
   int64_t h2_, ldd_, cols_, c2_;
@@ -238,56 +344,60 @@ int64_t stashable_rows(const Problem& p, Plan* plan) {
 }
 
 Problem problem_of(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
-                   int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t target,
-                   double softcap, double scale) {
+                   int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t targets,
+                   int64_t num_targets, double softcap, double scale) {
   const auto storage = static_cast<Type>(type);
   return {{reinterpret_cast<const void*>(hidden), storage, hidden_stride, reinterpret_cast<const int64_t*>(index)},
           {reinterpret_cast<const void*>(weight), storage, weight_stride, nullptr},
           num_rows,
           H,
           V,
-          reinterpret_cast<const int64_t*>(target),
+          {reinterpret_cast<const int64_t*>(targets), num_targets},
           {reinterpret_cast<const float*>(bias), static_cast<float>(scale), static_cast<float>(softcap)}};
 }
 
-void forward_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
-                 int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias, uintptr_t target,
-                 double softcap, double scale, uintptr_t logp, uintptr_t lse, uintptr_t dhidden, uintptr_t row_grad,
+int run(const Problem& p, const Outputs& out, const Plan& plan, const Stashed& stashed, const RowGradient* known) {
+  Forward forward(p, out, plan, stashed, known);
+  parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
+  return forward.parts();
+}
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+// Of one target per row; row_grad and dweight: see WeightGradient.
+void forward_cpu(const Problem& p, uintptr_t logp, uintptr_t lse, uintptr_t dhidden, uintptr_t row_grad,
                  uintptr_t dweight, uintptr_t dbias, int num_threads) {
-  if (num_rows == 0) return;
-  const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
-                               softcap, scale);
+  if (p.num_rows == 0) return;
   num_threads = std::clamp(num_threads, 1, Forward::kMaxParts);
-  Outputs out{reinterpret_cast<float*>(logp), reinterpret_cast<float*>(lse), reinterpret_cast<void*>(dhidden)};
+  Outputs out{floats(logp), floats(lse), reinterpret_cast<void*>(dhidden), false, nullptr, nullptr, nullptr, nullptr};
   Plan plan = plan_of(p, dhidden != 0, num_threads);
   Stashed stashed;
   if (dweight == 0) {
-    Forward forward(p, out, plan, stashed);
-    parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
+    run(p, out, plan, stashed, nullptr);
     return;
   }
-  WeightGradient gradient;
-  std::vector<float> sums(2 * num_rows), values, tail;
+  const int64_t n = p.num_rows;
+  std::vector<float> sums(4 * n), values, tail;
   out.lse_high = sums.data();
-  out.lse_low = out.lse_high + num_rows;
-  out.g = reinterpret_cast<const float*>(row_grad);
+  out.lse_low = out.lse_high + n;
+  out.target_dz = out.lse_low + n;
+  float* constant = out.target_dz + n;
+  out.g = floats(row_grad);
+  for (int64_t t = 0; t < n; ++t) constant[t] = -out.g[t];
   if (const int64_t most = stashable_rows(p, &plan); most > 0) {
     values.resize((num_threads + 1) * most);
     tail.resize(most * kColPad);
-    stashed = {most,
-               {reinterpret_cast<void*>(dweight), p.weight.type, kColPad * H, tail.data(), V / kColPad * kColPad, 0},
-               values.data() + most,
-               values.data()};
+    stashed = {
+        most,
+        {reinterpret_cast<void*>(dweight), p.weight.type, kColPad * p.H, tail.data(), p.V / kColPad * kColPad, 0},
+        values.data() + most,
+        values.data()};
   }
-  {
-    Forward forward(p, out, plan, stashed);
-    parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
-    gradient.parts = forward.parts();
-  }
-  gradient.lse = {out.lse_high, out.lse_low};
-  gradient.g = out.g;
+  WeightGradient gradient;
+  gradient.parts = run(p, out, plan, stashed, nullptr);
+  gradient.rows = {{out.lse_high, out.lse_low}, constant, nullptr, out.target_dz};
   gradient.dweight = reinterpret_cast<void*>(dweight);
-  gradient.dbias = reinterpret_cast<float*>(dbias);
+  gradient.dbias = floats(dbias);
   gradient.num_stashed = stashed.num_rows;
   gradient.stash = stashed.place;
   gradient.coefficient = stashed.coefficient;
@@ -295,25 +405,38 @@ void forward_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows,
   weight_gradient(p, gradient, num_threads);
 }
 
-void backward_weight_cpu(uintptr_t hidden, uintptr_t weight, int type, int64_t num_rows, int64_t H, int64_t V,
-                         int64_t hidden_stride, int64_t weight_stride, uintptr_t index, uintptr_t bias,
-                         uintptr_t target, double softcap, double scale, uintptr_t lse, uintptr_t row_grad,
-                         uintptr_t dweight, uintptr_t dbias, int num_threads) {
-  const Problem p = problem_of(hidden, weight, type, num_rows, H, V, hidden_stride, weight_stride, index, bias, target,
-                               softcap, scale);
-  const std::vector<float> low(num_rows, 0.0f);
+void stats_cpu(const Problem& p, uintptr_t logp, uintptr_t lse, uintptr_t slope, uintptr_t others, uintptr_t entropy,
+               uintptr_t top, uintptr_t top_logp, int num_threads) {
+  if (p.num_rows == 0) return;
+  const Outputs out{floats(logp),    floats(lse),      reinterpret_cast<void*>(others), true, floats(slope),
+                    floats(entropy), floats(top_logp), reinterpret_cast<int64_t*>(top)};
+  run(p, out, plan_of(p, others != 0, std::clamp(num_threads, 1, Forward::kMaxParts)), {}, nullptr);
+}
+
+void backward_cpu(const Problem& p, uintptr_t lse, uintptr_t constant, uintptr_t log, uintptr_t at_target,
+                  uintptr_t dhidden, uintptr_t dweight, uintptr_t dbias, int num_threads) {
+  if (p.num_rows == 0) return;
+  num_threads = std::clamp(num_threads, 1, Forward::kMaxParts);
+  const std::vector<float> low(p.num_rows, 0.0f);
+  const RowGradient rows{{floats(lse), low.data()}, floats(constant), floats(log), floats(at_target)};
+  if (dhidden != 0) {
+    const Outputs out{nullptr, nullptr, reinterpret_cast<void*>(dhidden), true, nullptr, nullptr, nullptr, nullptr};
+    run(p, out, plan_of(p, true, num_threads), {}, &rows);
+  }
+  if (dweight == 0) return;
   WeightGradient gradient;
-  gradient.lse = {reinterpret_cast<const float*>(lse), low.data()};
-  gradient.g = reinterpret_cast<const float*>(row_grad);
+  gradient.rows = rows;
   gradient.dweight = reinterpret_cast<void*>(dweight);
-  gradient.dbias = reinterpret_cast<float*>(dbias);
+  gradient.dbias = floats(dbias);
   weight_gradient(p, gradient, num_threads);
 }
 
 void bind(pybind11::module_& module) {
-  module.def("linear_cross_entropy_forward_cpu", &forward_cpu, pybind11::call_guard<pybind11::gil_scoped_release>());
-  module.def("linear_cross_entropy_backward_weight_cpu", &backward_weight_cpu,
-             pybind11::call_guard<pybind11::gil_scoped_release>());
+  using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  pybind11::class_<Problem>(module, "LinearProblem").def(pybind11::init(&problem_of));
+  module.def("linear_cross_entropy_forward_cpu", &forward_cpu, release());
+  module.def("linear_cross_entropy_stats_cpu", &stats_cpu, release());
+  module.def("linear_cross_entropy_backward_cpu", &backward_cpu, release());
 }
 TK_REGISTER(bind);
 

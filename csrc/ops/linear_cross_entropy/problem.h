@@ -10,16 +10,15 @@ namespace tk::linear_cross_entropy {
 struct Problem {
   Rows hidden, weight;
   int64_t num_rows, H, V;  // rows that count
-  const int64_t* target;   // [num_rows]; outside [0, V): no class, which takes part in nothing
+  Targets targets;
   LogitMap map;
 };
 
-// The gradient of the head: dweight[v] = sum_t g_t d logp_t / d W[v]. Everything is per row that counts.
+// The gradient of the head: dweight[v] = sum_t dz[t, v] h_t. Everything is per row that counts.
 struct WeightGradient {
-  LogSumExp lse;   // of rows >= num_stashed at least
-  const float* g;  // same
-  void* dweight;   // [V, H] contiguous
-  float* dbias;    // [V] or null
+  RowGradient rows;  // of rows >= num_stashed at least
+  void* dweight;     // [V, H] contiguous
+  float* dbias;      // [V] or null
 
   // Rows [0, num_stashed) need no logits: the forward left their p in dweight's own memory.
   int64_t num_stashed = 0;

@@ -119,7 +119,8 @@ class Weight {
                        out_.coefficient + part * out_.num_stashed + rows.begin, dz + c * kKS, tile_, 0,
                        dbias == nullptr ? nullptr : dbias + c);
     }
-    kernels_.set_targets(p_.target + rows.begin, out_.target_value + rows.begin, v0, cols, n, dz, tile_, 0, dbias);
+    kernels_.set_targets(p_.targets.classes + rows.begin, out_.target_value + rows.begin, v0, cols, n, dz, tile_, 0,
+                         dbias);
   }
 
   // dz of a tile from the logits, computed again.
@@ -129,8 +130,8 @@ class Weight {
     for (int64_t at = rows.begin; at < rows.end; at += kScoreCols) {
       const int64_t c0 = at - rows.begin, width = std::min(kScoreCols, rows.end - at);
       kernels_.gemm(a, tile_, memory_.at<uint32_t>(bt_) + c0 * h2_, s, kScoreStride, cols, width, h2_, false);
-      kernels_.gradient_tile(s, kScoreStride, cols, width, v0, p_.target + at, p_.map,
-                             {out_.lse.high + at, out_.lse.low + at}, out_.g + at, dz, tile_, c0, dbias);
+      kernels_.gradient_tile(s, kScoreStride, cols, width, v0, p_.targets.from(at), p_.map,
+                             out_.rows.from(at, p_.targets.count), dz, tile_, c0, dbias);
     }
   }
 

@@ -51,37 +51,34 @@ Problem problem_of(uintptr_t hidden, uintptr_t weight, int type, int64_t width, 
           {nullptr, static_cast<float>(scale), static_cast<float>(softcap)}};
 }
 
-float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 void bind(pybind11::module_& module) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  pybind11::class_<Problem>(module, "DivergenceProblem").def(pybind11::init(&problem_of));
   module.def(
       "linear_kl_forward_cpu",
-      [](uintptr_t hidden, uintptr_t weight, int type, int64_t width, int64_t hidden_stride, int64_t weight_stride,
-         uintptr_t ref_hidden, uintptr_t ref_weight, int ref_type, int64_t ref_width, int64_t ref_hidden_stride,
-         int64_t ref_weight_stride, uintptr_t index, int64_t num_rows, int64_t V, double softcap, double scale,
-         uintptr_t kl, uintptr_t lse, uintptr_t ref_lse, uintptr_t lse_low, uintptr_t ref_lse_low, uintptr_t dhidden,
-         int num_threads) {
-        const Problem p =
-            problem_of(hidden, weight, type, width, hidden_stride, weight_stride, ref_hidden, ref_weight, ref_type,
-                       ref_width, ref_hidden_stride, ref_weight_stride, index, num_rows, V, softcap, scale);
-        const Outputs out{floats(kl),      floats(lse),         floats(ref_lse),
-                          floats(lse_low), floats(ref_lse_low), reinterpret_cast<void*>(dhidden)};
+      [](const Problem& p, uintptr_t kl, uintptr_t lse, uintptr_t ref_lse, uintptr_t logp, uintptr_t ref_logp,
+         uintptr_t pivot, uintptr_t lse_low, uintptr_t ref_lse_low, uintptr_t dhidden, int num_threads) {
+        const Outputs out{at<float>(kl),      at<float>(lse),         at<float>(ref_lse),
+                          at<int64_t>(pivot), at<float>(logp),        at<float>(ref_logp),
+                          at<float>(lse_low), at<float>(ref_lse_low), at<void>(dhidden)};
         forward(p, out, std::clamp(num_threads, 1, kMaxParts));
       },
       release());
   module.def(
       "linear_kl_backward_weight_cpu",
-      [](uintptr_t hidden, uintptr_t weight, int type, int64_t width, int64_t hidden_stride, int64_t weight_stride,
-         uintptr_t ref_hidden, uintptr_t ref_weight, int ref_type, int64_t ref_width, int64_t ref_hidden_stride,
-         int64_t ref_weight_stride, uintptr_t index, int64_t num_rows, int64_t V, double softcap, double scale,
-         uintptr_t lse, uintptr_t ref_lse, uintptr_t lse_low, uintptr_t ref_lse_low, uintptr_t row_grad,
-         uintptr_t dweight, int num_threads) {
-        const Problem p =
-            problem_of(hidden, weight, type, width, hidden_stride, weight_stride, ref_hidden, ref_weight, ref_type,
-                       ref_width, ref_hidden_stride, ref_weight_stride, index, num_rows, V, softcap, scale);
-        weight_gradient(p, {floats(lse), floats(lse_low)}, {floats(ref_lse), floats(ref_lse_low)}, floats(row_grad),
-                        reinterpret_cast<void*>(dweight), num_threads);
+      [](const Problem& p, uintptr_t lse, uintptr_t ref_lse, uintptr_t lse_low, uintptr_t ref_lse_low, uintptr_t pivot,
+         uintptr_t difference, uintptr_t row_grad, uintptr_t dweight, int num_threads) {
+        const Known known{{at<float>(lse), at<float>(lse_low)},
+                          {at<float>(ref_lse), at<float>(ref_lse_low)},
+                          at<int64_t>(pivot),
+                          at<float>(difference),
+                          at<float>(row_grad)};
+        weight_gradient(p, known, at<void>(dweight), num_threads);
       },
       release());
 }

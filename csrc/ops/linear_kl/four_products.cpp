@@ -27,17 +27,18 @@ class Forward {
       groups_.push_back(
           {memory_.add<uint32_t>(packed_a_dwords(h2_, rows)), memory_.add<uint32_t>(packed_a_dwords(r2_, rows))});
       for (int m = 0; m < plan_.members; ++m)
-        threads_.push_back({memory_.add<uint32_t>(h2_ * cols), memory_.add<uint32_t>(p_.one_head() ? 0 : r2_ * cols),
-                            memory_.add<uint32_t>(gradient ? c2 * ldd_ : 0),
-                            memory_.add<float>(plan_.tile_rows * kScoreStride),
-                            memory_.add<float>(plan_.tile_rows * kScoreStride),
-                            memory_.add<uint32_t>(gradient ? packed_a_dwords(c2, 2 * plan_.tile_rows) : 0),
-                            memory_.add<float>(gradient ? 2 * round_up(rows, plan_.tile_rows) * ldd_ : 0),
-                            memory_.add<float>(Sums::kFloats * rows), memory_.add<double>(rows)});
+        threads_.push_back(
+            {memory_.add<uint32_t>(h2_ * cols), memory_.add<uint32_t>(p_.one_head() ? 0 : r2_ * cols),
+             memory_.add<uint32_t>(gradient ? c2 * ldd_ : 0), memory_.add<float>(plan_.tile_rows * kScoreStride),
+             memory_.add<float>(plan_.tile_rows * kScoreStride),
+             memory_.add<uint32_t>(gradient ? packed_a_dwords(c2, 2 * plan_.tile_rows) : 0),
+             memory_.add<float>(gradient ? 2 * round_up(rows, plan_.tile_rows) * ldd_ : 0),
+             memory_.add<float>(Sums::kFloats * rows), memory_.add<double>(rows), memory_.add<int64_t>(rows)});
     }
     memory_.allocate();
     for (const ThreadMemory& thread : threads_)
-      sums_.push_back(Sums::at(memory_.at<float>(thread.sums), memory_.at<double>(thread.cross), rows));
+      sums_.push_back(Sums::at(memory_.at<float>(thread.sums), memory_.at<double>(thread.cross),
+                               memory_.at<int64_t>(thread.top), rows));
     barriers_ = std::vector<Barrier>(plan_.groups);
   }
 
@@ -60,7 +61,7 @@ class Forward {
   struct ThreadMemory {
     int64_t bt, ref_bt, b, s, ref_s, p;
     int64_t d;  // per tile of rows: [2, tile_rows, ldd], of policy and of reference
-    int64_t sums, cross;
+    int64_t sums, cross, top;
   };
 
   float* gradient_row(const ThreadMemory& mine, int64_t r) const {
@@ -106,12 +107,22 @@ class Forward {
       float* d = gradient ? gradient_row(mine, t0) : nullptr;
       float* ref_d = gradient ? d + tile_rows * ldd_ : nullptr;
       const bool rescaled = gradient && !first;  // the first tile finds nothing to rescale
+      KlTile scored = sums.tile(t0, n, memory_.at<float>(mine.s), memory_.at<float>(mine.ref_s), v0, p_.map);
+      scored.p = p;
+      scored.rows_p = 2 * tile_rows;
+      scored.ref_row = tile_rows;
+      scored.d = rescaled ? d : nullptr;
+      scored.ref_d = rescaled ? ref_d : nullptr;
+      scored.ldd = ldd_;
       score({kernels_, memory_.at<uint32_t>(shared.a) + t0 * kKS, bt, h2_},
-            {ref_kernels_, memory_.at<uint32_t>(shared.ref_a) + t0 * kKS, ref_bt, r2_}, plan_.block_rows, cols,
-            {memory_.at<float>(mine.s), memory_.at<float>(mine.ref_s), kScoreStride, n, 0, p_.map, sums.max + t0,
-             sums.sum + t0, sums.ref_max + t0, sums.ref_sum + t0, sums.ratio + t0, sums.cross + t0, p, 2 * tile_rows,
-             tile_rows, 0, rescaled ? d : nullptr, rescaled ? ref_d : nullptr, ldd_});
+            {ref_kernels_, memory_.at<uint32_t>(shared.ref_a) + t0 * kKS, ref_bt, r2_}, plan_.block_rows, cols, scored);
       if (!gradient) continue;
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t column = scored.top[r] - v0;
+        if (column < 0 || column >= cols) continue;  // the pivot is older
+        scored.kept[r] = packed_value(kernels_.pairs, p, 2 * tile_rows, r, column);
+        scored.ref_kept[r] = packed_value(kernels_.pairs, p, 2 * tile_rows, tile_rows + r, column);
+      }
       const int64_t c2 = k_dwords(kernels_, cols);
       if (n == tile_rows) {
         kernels_.gemm(p, 2 * tile_rows, b, d, ldd_, 2 * n, H, c2, !first);
@@ -131,19 +142,24 @@ class Forward {
     float beta[2 * kMaxParts];
     int used = 0;
     const double scale = p_.map.scale;
+    double at_pivot = row.slope * row.difference();  // less what has been accumulated of it
     for (int m = 0; m < members; ++m) {
       const Range range = member_columns(p_.V, m, members);
       if (range.begin >= range.end) continue;
       const Sums& sums = sums_[first + m];
       const double weight = part_factor(sums.max[r], row.max) / row.total, ratio = sums.ratio[r];
+      const double ref_weight = ratio * weight - part_factor(sums.ref_max[r], row.ref_max) / row.ref_total;
+      if (sums.top[r] == row.top) at_pivot -= weight * sums.kept[r] + ref_weight * sums.ref_kept[r];
       beta[used] = static_cast<float>(scale * weight);
       parts[used++] = gradient_row(threads_[first + m], r);
-      beta[used] =
-          static_cast<float>(scale * (ratio * weight - part_factor(sums.ref_max[r], row.ref_max) / row.ref_total));
+      beta[used] = static_cast<float>(scale * ref_weight);
       parts[used++] = gradient_row(threads_[first + m], r) + plan_.tile_rows * ldd_;
     }
-    const Type type = p_.policy.weight.type;
-    kernels_.combine_row(parts, beta, used, nullptr, 0.0f, p_.policy.width, type,
+    const Rows& weight = p_.policy.weight;
+    const Type type = weight.type;
+    const char* pivot =
+        static_cast<const char*>(weight.data) + std::max<int64_t>(row.top, 0) * weight.stride * bytes_of(type);
+    kernels_.combine_row(parts, beta, used, pivot, static_cast<float>(scale * at_pivot), p_.policy.width, type,
                          static_cast<char*>(out_.dhidden) + at * p_.policy.width * bytes_of(type));
   }
 

@@ -28,6 +28,8 @@ struct Problem {
 
 struct Outputs {
   float *kl, *lse, *ref_lse;     // [T]
+  int64_t* pivot;                // [T] the reference's largest class
+  float *logp, *ref_logp;        // [T] its log-probabilities
   float *lse_low, *ref_lse_low;  // [num_rows] what rounding lost
   void* dhidden;                 // [T, H] or null
 };
@@ -36,17 +38,25 @@ inline constexpr int kMaxParts = 256;  // threads that share the columns
 
 // The online sums of a block of rows over one thread's columns, all [rows]: see KlTile.
 struct Sums {
-  float *max, *sum, *ref_max, *ref_sum, *ratio;
+  float *max, *sum, *ref_max, *ref_sum, *ratio, *pivot, *ref_pivot, *slope, *kept, *ref_kept;
   double* cross;
+  int64_t* top;
 
-  static constexpr int kFloats = 5;
-  static Sums at(float* floats, double* cross, int64_t rows);
+  static constexpr int kFloats = 10;
+  static Sums at(float* floats, double* cross, int64_t* top, int64_t rows);
   void reset(int64_t rows) const;
+  // The tile kernel's view of the rows from t on: s and ref_s hold dot products with the columns from v0 on.
+  KlTile tile(int64_t t, int64_t rows, float* s, float* ref_s, int64_t v0, const LogitMap& map) const;
 };
 
-// The sums of one row over all columns.
+// One row over all columns: maxima and sums of exponentials, kl, and of the pivot its number, softcap' and
+// log-probabilities.
 struct RowSums {
-  double max, total, ref_max, ref_total, cross;
+  double max, total, ref_max, ref_total, kl;
+  int64_t top;
+  double slope, logp, ref_logp;
+
+  double difference() const;  // p - q of the pivot
 };
 RowSums merge(const Sums* parts, int num_parts, int64_t r);
 // What a part's numbers are worth relative to the maximum of all. A part without a maximum is empty (sum 0) or holds
@@ -71,7 +81,12 @@ void forward_four_products(const Problem& p, const Outputs& out, const Plan& pla
 Plan three_products_plan(const Problem& p, int threads);
 void forward_three_products(const Problem& p, const Outputs& out, const Plan& plan);
 
-void weight_gradient(const Problem& problem, const LogSumExp& lse, const LogSumExp& ref_lse, const float* g,
-                     void* dweight, int num_threads);
+// What is known of the rows that count when the gradient of the head is formed.
+struct Known {
+  LogSumExp lse, ref_lse;
+  const int64_t* pivot;
+  const float *difference, *g;
+};
+void weight_gradient(const Problem& problem, const Known& known, void* dweight, int num_threads);
 
 }  // namespace tk::linear_kl

@@ -37,10 +37,12 @@ class Forward {
                           memory_.add<uint32_t>(c2 * ldd_), memory_.add<float>(plan_.tile_rows * kScoreStride),
                           memory_.add<float>(plan_.tile_rows * kScoreStride), memory_.add<float>(rows * ldd_),
                           memory_.add<float>(2 * rows), memory_.add<float>(Sums::kFloats * rows),
-                          memory_.add<double>(rows)});
+                          memory_.add<double>(rows), memory_.add<int64_t>(rows)});
     memory_.allocate();
+    pivots_.resize(rows);
     for (const ThreadMemory& thread : threads_)
-      sums_.push_back(Sums::at(memory_.at<float>(thread.sums), memory_.at<double>(thread.cross), rows));
+      sums_.push_back(Sums::at(memory_.at<float>(thread.sums), memory_.at<double>(thread.cross),
+                               memory_.at<int64_t>(thread.top), rows));
   }
 
   void run(int member, int members) {
@@ -73,8 +75,13 @@ class Forward {
   struct Block {
     int64_t begin, rows;
   };
+  // Of a row of the block that waits: its pivot, and dz there without the scale.
+  struct Pivot {
+    int64_t column = -1;
+    float dz = 0.0f;
+  };
   struct ThreadMemory {
-    int64_t bt, ref_bt, b, s, ref_s, d, factors, sums, cross;
+    int64_t bt, ref_bt, b, s, ref_s, d, factors, sums, cross, top;
   };
 
   void tile(const Block& last, const Block& next, int64_t v0, int64_t cols, int64_t slot, bool first, int member) {
@@ -89,15 +96,15 @@ class Forward {
     } else {
       kernels_.pack_b(weight, cols, p_.policy.width, b);
     }
-    if (last.rows > 0) multiply(last, cols, slot, first, mine);
+    if (last.rows > 0) multiply(last, v0, cols, slot, first, mine);
     if (next.rows == 0) return;
     auto* ref_bt = p_.one_head() ? bt : memory_.at<uint32_t>(mine.ref_bt);
     if (!p_.one_head()) ref_kernels_.pack_bt(rows_from(p_.ref.weight, v0), cols, p_.ref.width, ref_bt);
-    score_rows(next, cols, slot, bt, ref_bt, member);
+    score_rows(next, v0, cols, slot, bt, ref_bt, member);
   }
 
-  void score_rows(const Block& block, int64_t cols, int64_t slot, const uint32_t* bt, const uint32_t* ref_bt,
-                  int member) {
+  void score_rows(const Block& block, int64_t v0, int64_t cols, int64_t slot, const uint32_t* bt,
+                  const uint32_t* ref_bt, int member) {
     const ThreadMemory& mine = threads_[member];
     const Sums& sums = sums_[member];
     const int64_t height = plan_.block_rows;
@@ -105,11 +112,12 @@ class Forward {
     std::fill_n(sums.ratio, block.rows, 0.0f);  // nothing has been added up: each tile takes the best so far
     for (int64_t t0 = 0; t0 < block.rows; t0 += plan_.tile_rows) {
       const int64_t n = std::min(plan_.tile_rows, block.rows - t0);
+      KlTile scored = sums.tile(t0, n, memory_.at<float>(mine.s), memory_.at<float>(mine.ref_s), v0, p_.map);
+      scored.p = kept + t0 * kKS;
+      scored.rows_p = 2 * height;
+      scored.ref_row = height;
       score({kernels_, memory_.at<uint32_t>(a_) + t0 * kKS, bt, h2_},
-            {ref_kernels_, memory_.at<uint32_t>(ref_a_) + t0 * kKS, ref_bt, r2_}, height, cols,
-            {memory_.at<float>(mine.s), memory_.at<float>(mine.ref_s), kScoreStride, n, 0, p_.map, sums.max + t0,
-             sums.sum + t0, sums.ref_max + t0, sums.ref_sum + t0, sums.ratio + t0, sums.cross + t0, kept + t0 * kKS,
-             2 * height, height, 0, nullptr, nullptr, ldd_});
+            {ref_kernels_, memory_.at<uint32_t>(ref_a_) + t0 * kKS, ref_bt, r2_}, height, cols, scored);
     }
     float* remembered = memory_.at<float>(kept_sums_) + slot * 3 * height;
     std::copy_n(sums.max, block.rows, remembered);
@@ -117,7 +125,7 @@ class Forward {
     std::copy_n(sums.ratio, block.rows, remembered + 2 * height);
   }
 
-  void multiply(const Block& block, int64_t cols, int64_t slot, bool first, const ThreadMemory& mine) {
+  void multiply(const Block& block, int64_t v0, int64_t cols, int64_t slot, bool first, const ThreadMemory& mine) {
     const int64_t height = plan_.block_rows;
     auto* kept = memory_.at<uint32_t>(kept_) + slot * slot_size_;
     const auto* remembered = memory_.at<float>(kept_sums_) + slot * 3 * height;
@@ -129,6 +137,10 @@ class Forward {
       of_ref[r] = static_cast<float>(p * remembered[2 * height + r] - q);
     }
     kernels_.kl_combine(kept, 2 * height, height, block.rows, cols, of_difference, of_ref);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t column = pivots_[r].column - v0;
+      if (column >= 0 && column < cols) set_packed_value(kernels_.pairs, kept, 2 * height, r, column, pivots_[r].dz);
+    }
     kernels_.gemm(kept, 2 * height, memory_.at<uint32_t>(mine.b), memory_.at<float>(mine.d), ldd_, block.rows,
                   p_.policy.width, k_dwords(kernels_, cols), !first);
   }
@@ -141,6 +153,7 @@ class Forward {
       write_row(p_, out_, block.begin + r, row);
       lse[r] = row.max + std::log(row.total);
       ref_lse[r] = row.ref_max + std::log(row.ref_total);
+      pivots_[r] = {row.top, static_cast<float>(row.slope * row.difference())};
     }
   }
 
@@ -175,6 +188,7 @@ class Forward {
   int64_t kept_sums_;  // [slots, 3, block_rows]: the maxima and the ratio that a slot's numbers are relative to
   std::vector<ThreadMemory> threads_;
   std::vector<Sums> sums_;
+  std::vector<Pivot> pivots_;
   Workspace memory_;
   Barrier barrier_;
 };

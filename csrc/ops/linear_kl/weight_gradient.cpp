@@ -14,11 +14,9 @@ namespace {
 // there, threads share the packings of a chunk of rows, and keep the gradients of a wave of tiles while chunks pass.
 class Weight {
  public:
-  Weight(const Problem& p, const LogSumExp& lse, const LogSumExp& ref_lse, const float* g, void* dweight, int threads)
+  Weight(const Problem& p, const Known& known, void* dweight, int threads)
       : p_(p),
-        lse_(lse),
-        ref_lse_(ref_lse),
-        g_(g),
+        known_(known),
         dweight_(dweight),
         kernels_(tile_kernels(p.policy.weight.type)),
         ref_kernels_(tile_kernels(p.ref.weight.type)),
@@ -105,9 +103,12 @@ class Weight {
                                  cols,
                                  width,
                                  p_.map,
-                                 {lse_.high + at, lse_.low + at},
-                                 {ref_lse_.high + at, ref_lse_.low + at},
-                                 g_ + at,
+                                 v0,
+                                 {known_.lse.high + at, known_.lse.low + at},
+                                 {known_.ref_lse.high + at, known_.ref_lse.low + at},
+                                 known_.pivot + at,
+                                 known_.difference + at,
+                                 known_.g + at,
                                  dz,
                                  kTile,
                                  c0});
@@ -116,8 +117,7 @@ class Weight {
   }
 
   const Problem& p_;
-  const LogSumExp lse_, ref_lse_;
-  const float* g_;
+  const Known& known_;
   void* dweight_;
   const TileKernels& kernels_;
   const TileKernels& ref_kernels_;
@@ -131,9 +131,8 @@ class Weight {
 
 }  // namespace
 
-void weight_gradient(const Problem& problem, const LogSumExp& lse, const LogSumExp& ref_lse, const float* g,
-                     void* dweight, int num_threads) {
-  Weight weight(problem, lse, ref_lse, g, dweight, num_threads);
+void weight_gradient(const Problem& problem, const Known& known, void* dweight, int num_threads) {
+  Weight weight(problem, known, dweight, num_threads);
   parallel(weight.num_threads(), [&](int thread, int of) { weight.run(thread, of); });
 }
 

@@ -12,6 +12,8 @@ from trace_kernels.ops.linear_cross_entropy import reference as linear_reference
 from trace_kernels.ops.linear_kl import chunked as kl_chunks
 from trace_kernels.ops.linear_kl import reference as kl_reference
 from trace_kernels.shared import chunks as chunk_memory
+from trace_kernels.shared.linear import Call, Gradient
+from trace_kernels.shared.losses import NO_LABEL
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
@@ -21,7 +23,9 @@ def close(got, expected, dtype=None):
     for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
-        if other.numel():
+        if not other.is_floating_point():
+            assert torch.equal(one, other)
+        elif other.numel():
             scale = other.abs().max().item()
             torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype or one.dtype] * max(scale, 1e-6))
 
@@ -57,35 +61,46 @@ def small_memory(rows):
 
 def linear_cross_entropy(linear, dtype, bias, softcap, device="cpu"):
     hidden, weight, target, row_weight, offset = inputs(dtype, device)
-    offset = offset if bias else None
-    arguments = (hidden, weight, offset, target, row_weight, -100, softcap, 0.7, True, True)
-    expected = linear_reference.forward(*arguments)
-    got = linear.forward(*arguments)
+    call = Call(hidden, weight, offset if bias else None, target, row_weight, -100, softcap, 0.7)
+    expected = linear_reference.forward(call, True, True)
+    got = linear.forward(call, True, True)
     close(got[:4], expected[:4])
     if bias:  # sums a rounded dz
         close(got[4:], expected[4:], dtype)
-    arguments = (hidden, weight, offset, target, expected[1], row_weight, -100, softcap, 0.7)
-    got, expected = linear.backward_weight(*arguments), linear_reference.backward_weight(*arguments)
-    close(got[:1], expected[:1])
-    if bias:
-        close(got[1:], expected[1:], dtype)
-    arguments = (hidden, weight, offset, target, row_weight, -100, softcap, 0.7, False, False)
-    close(linear.forward(*arguments), linear_reference.forward(*arguments))
+    close(linear.forward(call, False, False), linear_reference.forward(call, False, False))
+    # Several targets, of which some are the same class, another slice's or ignored; and the entropy of one.
+    target = torch.stack([target, target.roll(1), torch.where(target % 2 == 0, target, NO_LABEL)], dim=1)
+    target[2] = -100  # as a whole: its hidden states are NaN
+    for targets, entropy in ((target, False), (target[:, :1].contiguous(), True)):
+        several = call._replace(target=targets)
+        found, expected = linear.stats(several, True, entropy), linear_reference.stats(several, True, entropy)
+        finite = torch.isfinite(expected.logp)
+        assert torch.equal(torch.isfinite(found.logp), finite)
+        close([found.logp[finite], *found[1:]], [expected.logp[finite], *expected[1:]])
+        distinct = torch.where(targets == targets[:, :1], NO_LABEL, targets)
+        distinct[:, 0] = targets[:, 0]
+        gradient = Gradient(row_weight, row_weight.flip(0) if entropy else None, distinct.float().sin())
+        several = call._replace(target=distinct)
+        got = linear.backward(several, expected.lse, gradient, True, True)
+        wanted = linear_reference.backward(several, expected.lse, gradient, True, True)
+        close(got[:2], wanted[:2])
+        if bias:
+            close(got[2:], wanted[2:], dtype)
 
 
 def linear_kl(kl, dtype, softcap, device="cpu"):
     hidden, weight, _, row_weight, _ = inputs(dtype, device)
     weight[1500] /= 20
     weight[4399] /= 60
-    ref_hidden, ref_weight = hidden.flip(1), weight.flip(1) * 0.5
-    arguments = (hidden, weight, ref_hidden, ref_weight, row_weight, softcap, 0.7, True, True)
     row_weight[2] = 0
-    expected = kl_reference.forward(*arguments)
-    close(kl.forward(*arguments), expected)
+    policy = Call(hidden, weight, None, None, row_weight, -100, softcap, 0.7)
+    ref = policy._replace(hidden=hidden.flip(1), weight=weight.flip(1) * 0.5)
+    expected = kl_reference.forward(policy, ref, True, True, None)
+    close(kl.forward(policy, ref, True, True, None), expected)
     # With a gradient one block has all columns.
-    close(kl.forward(*arguments[:-2], False, False)[:3], expected[:3])
-    arguments = (hidden, weight, ref_hidden, ref_weight, *expected[1:3], row_weight, softcap, 0.7)
-    close([kl.backward_weight(*arguments)], [kl_reference.backward_weight(*arguments)])
+    close(kl.forward(policy, ref, False, False, None)[:5], expected[:5])
+    known = expected[1:5]
+    close([kl.backward_weight(policy, ref, *known)], [kl_reference.backward_weight(policy, ref, *known)])
 
 
 def linear_cross_entropies(linear, device="cpu"):
@@ -106,10 +121,12 @@ def slices_of_linear_kl(kl, device="cpu"):
     hidden, weight, _, row_weight, _ = inputs(torch.bfloat16, device)
     weight[1500] /= 20
     weight[4399] /= 60
-    ref_hidden, ref_weight = hidden.flip(1), weight.flip(1) * 0.5
     row_weight[2] = 0
-    options = (row_weight, 30.0, 0.7)
-    whole = kl_reference.forward(hidden, weight, ref_hidden, ref_weight, *options, True, False)
+    policy = Call(hidden, weight, None, None, row_weight, -100, 30.0, 0.7)
+    ref = policy._replace(hidden=hidden.flip(1), weight=weight.flip(1) * 0.5)
+    whole = kl_reference.forward(policy, ref, True, False, None)
+    outer = []
+    kl_reference.forward(policy, ref, False, False, lambda *rows: outer.extend(values.clone() for values in rows))
     before, kl_chunks.SPLIT_ROWS = kl_chunks.SPLIT_ROWS, 4
     parts, seen = [], []
     try:
@@ -118,15 +135,18 @@ def slices_of_linear_kl(kl, device="cpu"):
 
             def exchange(*rows):
                 nonlocal start
-                for mine, all_rows in zip(rows, whole[:3], strict=True):
-                    mine.copy_(all_rows[start : start + len(mine)])
-                start += len(rows[0])
+                here = slice(start, start + len(rows[0]))
+                for logp, lse, all_rows in zip(rows[3:], rows[1:3], outer[1:3], strict=True):
+                    logp += lse - all_rows[here]  # the slice's share
+                for mine, all_rows in zip(rows[:3], outer[:3], strict=True):
+                    mine.copy_(all_rows[here])
+                start = here.stop
 
+            slices = [call._replace(weight=call.weight[part]) for call in (policy, ref)]
             with small_memory(rows=4):
-                slices = (hidden, weight[part], ref_hidden, ref_weight[part])
-                parts.append(kl.forward_split(*slices, *options, exchange)[3].float())
+                parts.append(kl.forward(*slices, True, False, exchange)[5].float())
             seen.append(start)
     finally:
         kl_chunks.SPLIT_ROWS = before
     assert seen == [9, 9]
-    close([sum(parts)], [whole[3].float()], torch.bfloat16)
+    close([sum(parts)], [whole[5].float()], torch.bfloat16)

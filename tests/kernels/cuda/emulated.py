@@ -139,7 +139,7 @@ def main(path, op, *wanted):
                 problems = [
                     f"{dtype}: {problem}"
                     for dtype in (torch.bfloat16, torch.float16)
-                    for problem in no_label_problems(cuda.forward, cuda.backward_weight, dtype)
+                    for problem in no_label_problems(cuda.forward, cuda.backward, dtype)
                 ]
             print(json.dumps({"case": "no_label", "order": order, "problems": problems, "refused": ""}))
 

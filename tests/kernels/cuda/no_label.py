@@ -3,10 +3,11 @@
 import torch
 
 from trace_kernels.ops.linear_cross_entropy import reference
+from trace_kernels.shared.linear import Call, Gradient
 from trace_kernels.shared.losses import NO_LABEL
 
 
-def no_label_problems(forward, backward_weight, dtype, T=9, H=16, V=2100, device="cpu"):
+def no_label_problems(forward, backward, dtype, T=9, H=16, V=2100, device="cpu"):
     """What is wrong with a backend's functions on such targets, against the reference and by the definition."""
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((T, H), (V, H)))
@@ -14,12 +15,14 @@ def no_label_problems(forward, backward_weight, dtype, T=9, H=16, V=2100, device
     target[1], target[2], target[6:] = NO_LABEL, -100, NO_LABEL
     weights = torch.linspace(0.5, 2, T)
     hidden, weight, target, weights = (tensor.to(device) for tensor in (hidden, weight, target, weights))
-    arguments = (hidden, weight, None, target, None, -100, None, 1.3, True, False)
-    logp, lse, dhidden, *_ = forward(*arguments)
+    call = Call(hidden, weight, None, target, None, -100, None, 1.3)
+    logp, lse, dhidden, *_ = forward(call, True, False)
     got = {"lse": lse, "dhidden": dhidden}
-    expected = dict(zip(got, reference.forward(*arguments)[1:3], strict=True))
-    rows = (hidden, weight, None, target, expected["lse"], weights, -100, None, 1.3)
-    got["dweight"], expected["dweight"] = backward_weight(*rows)[0], reference.backward_weight(*rows)[0]
+    expected = dict(zip(got, reference.forward(call, True, False)[1:3], strict=True))
+    call = call._replace(target=target[:, None], row_weight=weights)
+    gradient = Gradient(-torch.ones_like(lse), None, -torch.expm1(logp)[:, None])
+    for results, function in ((got, backward), (expected, reference.backward)):
+        results["dweight"] = function(call, expected["lse"], gradient, False, True)[1]
     problems = [] if torch.equal(logp == -torch.inf, target == NO_LABEL) else [f"logp is {logp.tolist()}"]
     for name, truth in expected.items():
         error = (got[name].double() - truth.double()).abs().max().item() / truth.abs().max().item()

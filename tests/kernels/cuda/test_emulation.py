@@ -13,7 +13,15 @@ import sys
 import pytest
 from emulated import HERE, ORDERS, ROOT, build, preload
 
-OPS = ("record_routing_", "cross_entropy", "router_topk", "linear_cross_entropy", "linear_log_prob", "linear_kl")
+OPS = (
+    "record_routing_",
+    "cross_entropy",
+    "router_topk",
+    "linear_cross_entropy",
+    "linear_log_prob",
+    "linear_token_stats",
+    "linear_kl",
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,6 +6,7 @@ import torch
 from trace_kernels.ops.linear_cross_entropy import cuda as linear
 from trace_kernels.ops.linear_kl import cuda as kl
 from trace_kernels.runtime.recording import recording
+from trace_kernels.shared.linear import Call
 
 T, H, V = 8192, 2048, 151936
 DHIDDEN = 2 * T * H  # a result
@@ -35,7 +36,7 @@ def test_linear_cross_entropy(taken, gradient, most):
     hidden, weight, target, row = inputs()
     taken.clear()
     with recording():
-        linear.forward(hidden, weight, None, target, row, -100, None, 1.0, gradient, False)
+        linear.forward(Call(hidden, weight, None, target, row, -100, None, 1.0), gradient, False)
     assert 0.5 * most < sum(taken) - (DHIDDEN if gradient else 0) <= most
 
 
@@ -43,5 +44,6 @@ def test_linear_kl(taken):
     hidden, weight, _, row = inputs()
     taken.clear()
     with recording():
-        kl.forward(hidden, weight, hidden, weight, row, None, 1.0, True, False)
+        call = Call(hidden, weight, None, None, row, -100, None, 1.0)
+        kl.forward(call, call, True, False, None)
     assert 1.2e9 < sum(taken) - DHIDDEN <= 1.28e9

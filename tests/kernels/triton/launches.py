@@ -40,6 +40,7 @@ def record_routing():
 
 
 def cross_entropy():
+    from trace_kernels.ops.cross_entropy.rows import LogitGradient, Rows
     from trace_kernels.ops.cross_entropy.triton import backward, forward
 
     T = 8192
@@ -52,9 +53,10 @@ def cross_entropy():
         (FP32, 151936, None),
         (FP16, 32000, 30.0),
     ):
-        logits = empty(T, V, dtype=dtype)
-        forward(logits, target, -100, softcap, 1.0)
-        backward(row, logits, target, row, -100, softcap, 1.0, True)
+        logits, rows = empty(T, V, dtype=dtype), Rows(target, -100, softcap, 1.0)
+        forward(logits, rows)
+        for uniform in (None, row):
+            backward(logits, rows, row, LogitGradient(row, uniform, row), True)
 
 
 # (dtype, T, H, V) of the linear ops: a model's, in every dtype, and one smaller than any tile.
@@ -67,26 +69,34 @@ LINEAR = (
 
 
 def linear_cross_entropy():
-    from trace_kernels.ops.linear_cross_entropy.triton import backward_weight, forward
+    from trace_kernels.ops.linear_cross_entropy.triton import backward, forward, stats
+    from trace_kernels.shared.linear import Call, Gradient
 
     for dtype, T, H, V in LINEAR:
         hidden, weight = empty(T, H, dtype=dtype), empty(V, H, dtype=dtype)
-        target, row = empty(T, dtype=torch.int64), empty(T)
+        row = empty(T)
         for bias, row_weight, softcap in ((None, None, None), (empty(V), row, 30.0)):
+            call = Call(hidden, weight, bias, empty(T, dtype=torch.int64), row_weight, -100, softcap, 1.0)
             for gradient in (False, True) if dtype == BF16 else (True,):
-                forward(hidden, weight, bias, target, row_weight, -100, softcap, 1.0, gradient, gradient)
-            backward_weight(hidden, weight, bias, target, row, row, -100, softcap, 1.0)
+                forward(call, gradient, gradient)
+            for K, entropy in ((1, True), (4, False)):
+                several = call._replace(target=empty(T, K, dtype=torch.int64))
+                stats(several, True, entropy)
+                backward(several, row, Gradient(row, row if entropy else None, empty(T, K)), True, True)
 
 
 def linear_kl():
     from trace_kernels.ops.linear_kl.triton import backward_weight, forward
+    from trace_kernels.shared.linear import Call
 
     for dtype, T, H, V in LINEAR:
         hidden, weight, row = empty(T, H, dtype=dtype), empty(V, H, dtype=dtype), empty(T)
         for row_weight, softcap in ((None, None), (row, 30.0)):
+            call = Call(hidden, weight, None, None, row_weight, -100, softcap, 1.0)
             for gradient in (False, True) if dtype == BF16 else (True,):
-                forward(hidden, weight, hidden, weight, row_weight, softcap, 1.0, gradient, gradient)
-            backward_weight(hidden, weight, hidden, weight, row, row, row, softcap, 1.0)
+                forward(call, call, gradient, gradient, None)
+            call = call._replace(row_weight=row)
+            backward_weight(call, call, row, row, empty(T, dtype=torch.int64), row)
 
 
 def router_topk():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trace_kernels.ops.cross_entropy.op import cross_entropy
-from trace_kernels.ops.linear_cross_entropy import cases as linear
+from trace_kernels.testing import linear_cases as linear
 from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 SMALL = {"T": 37, "V": 101}
@@ -38,12 +38,11 @@ def _eager(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | torch.Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     inplace: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
-    logp = linear.eager_log_prob_of_logits(logits, target, ignore_index, softcap, logit_scale)
-    return linear.eager_reduce(-logp, target != ignore_index, token_weight, reduction, normalizer)
+    nll = linear.eager_penalised(logits, target, ignore_index, **options)
+    return linear.eager_reduce(nll, target != ignore_index, token_weight, reduction, normalizer)
 
 
 def _torch_compile(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -70,6 +69,16 @@ OP = OpCases(
                 ("inplace", torch.bfloat16, {"inplace": True}),
             )
         ),
+        *(
+            Case(f"penalised_{name}", SMALL, _builder(label_smoothing=0.2, z_loss=0.01, **settings), dtype)
+            for name, dtype, settings in (
+                ("fp32", torch.float32, {"weights_need_gradient": True}),
+                ("bf16", torch.bfloat16, {"softcap": 3.0, "logit_scale": 0.7, "reduction": "none"}),
+                ("inplace", torch.bfloat16, {"inplace": True, "reduction": "sum"}),
+            )
+        ),
+        Case("smoothed", SMALL, _builder(label_smoothing=0.1)),
+        Case("z_loss", SMALL, _builder(z_loss=0.01, reduction="sum")),
         Case("unweighted", SMALL, _builder(weights=None)),
         Case("expanded_weights", SMALL, _builder(weights="expanded")),
         Case("normalizer", SMALL, _builder(normalizer=7)),
@@ -88,6 +97,7 @@ OP = OpCases(
         Case("one_class", {"T": 5, "V": 1}, _builder(ignored=0.0)),
         Case("tail_fp32", {"T": 130, "V": 5003}, _builder()),
         Case("tail_bf16", {"T": 130, "V": 5003}, _builder(), torch.bfloat16),
+        *linear.sure_cases(_builder, reduction="none"),
         *(
             Case(
                 f"bench_{linear.dtype_name(dtype)}_{T}x{V}{'_inplace' if inplace else ''}",

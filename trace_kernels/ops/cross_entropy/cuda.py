@@ -4,62 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.runtime.cuda_backend import ELEMENTS, call
+from trace_kernels.ops.cross_entropy.rows import LogitGradient, Rows
+from trace_kernels.runtime.cuda_backend import call
+from trace_kernels.runtime.native import ELEMENTS, address
+from trace_kernels.shared.linear import unit_stride
 
 
-def forward(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, softcap: float | None, logit_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(logits: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Logp [T] and lse [T]."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    target = target.contiguous()
+    logits = unit_stride(logits)
     logp = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(logp)
     call(
-        "cross_entropy_cuda",
-        logits.device,
-        logits.data_ptr(),
-        ELEMENTS[logits.dtype],
-        *logits.shape,
-        logits.stride(0),
-        target.data_ptr(),
-        ignore_index,
-        softcap or 0.0,
-        logit_scale,
-        logp.data_ptr(),
-        lse.data_ptr(),
-    )
+        "cross_entropy_cuda", logits.device, logits.data_ptr(), ELEMENTS[logits.dtype], *logits.shape, logits.stride(0),
+        rows.target.data_ptr(), *rows.numbers, logp.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
     return logp, lse
 
 
 def backward(
-    grad_logp: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    inplace: bool,
+    logits: torch.Tensor, rows: Rows, lse: torch.Tensor, gradient: LogitGradient, inplace: bool
 ) -> torch.Tensor:
     """The gradient [T, V] of `logits`, in their own memory when `inplace`."""
-    source = logits if logits.stride(1) == 1 else logits.contiguous()
-    grad_logp, target, lse = grad_logp.contiguous(), target.contiguous(), lse.contiguous()
+    source = unit_stride(logits)
     dlogits = source if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     call(
-        "cross_entropy_backward_cuda",
-        logits.device,
-        grad_logp.data_ptr(),
-        source.data_ptr(),
-        ELEMENTS[logits.dtype],
-        *logits.shape,
-        source.stride(0),
-        target.data_ptr(),
-        ignore_index,
-        softcap or 0.0,
-        logit_scale,
-        lse.data_ptr(),
-        dlogits.data_ptr(),
-        dlogits.stride(0),
-    )
+        "cross_entropy_backward_cuda", logits.device, source.data_ptr(), ELEMENTS[logits.dtype], *logits.shape,
+        source.stride(0), rows.target.data_ptr(), *rows.numbers, lse.data_ptr(), *map(address, gradient),
+        dlogits.data_ptr(), dlogits.stride(0),
+    )  # fmt: skip
     return logits.copy_(dlogits) if inplace and source is not logits else dlogits

@@ -2,120 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from trace_kernels.ops.linear_cross_entropy.op import linear_cross_entropy
-from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
-
-#: (dtype, T, H, V) of the benchmarks: small and large vocabularies, and a short batch.
-BENCHMARKS = (
-    (torch.float32, 1024, 1024, 32000),
-    (torch.float32, 1024, 512, 151936),
-    (torch.bfloat16, 1024, 1024, 32000),
-    (torch.bfloat16, 1024, 2048, 50304),
-    (torch.bfloat16, 1024, 1024, 151936),
-    (torch.bfloat16, 64, 2048, 151936),
+from trace_kernels.testing.cases import Case, OpCases, Traffic
+from trace_kernels.testing.linear_cases import (
+    SMALL,
+    benchmark_cases,
+    builder,
+    compiled,
+    eager_penalised,
+    eager_reduce,
+    sure_cases,
+    traffic,
 )
-SMALL = {"T": 37, "H": 24, "V": 101}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
-
-
-def states_and_head(case: Case, generator: torch.Generator, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden [T, H] and weight [V, H] whose logits have the standard deviation `spread`."""
-    T, H, V = case.sizes["T"], case.sizes["H"], case.sizes["V"]
-    hidden = torch.randn(T, H, generator=generator) * spread
-    weight = torch.randn(V, H, generator=generator) / max(1, H) ** 0.5
-    return hidden.to(case.dtype), weight.to(case.dtype)
-
-
-def targets(case: Case, generator: torch.Generator, ignored: float, ignore_index: int = -100) -> torch.Tensor:
-    T, V = case.sizes["T"], case.sizes["V"]
-    target = torch.randint(V, (T,), generator=generator)
-    return torch.where(torch.rand(T, generator=generator) < ignored, ignore_index, target)
-
-
-def gappy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, every stride other than the contiguous one."""
-    storage = torch.zeros(*(2 * size + 1 for size in reversed(tensor.shape)), dtype=tensor.dtype)
-    view = storage[tuple(slice(1, 2 * size + 1, 2) for size in reversed(tensor.shape))]
-    return view.permute(*reversed(range(tensor.dim()))).copy_(tensor)
-
-
-def builder(
-    *,
-    weights: str | None = "signed",
-    weights_need_gradient: bool = False,
-    frozen: bool = False,
-    frozen_hidden: bool = False,
-    bias: bool = False,
-    ignored: float = 0.25,
-    spread: float = 1.0,
-    strided: bool = False,
-    leading: tuple[int, ...] | None = None,
-    **options: Any,
-) -> Callable[[Case, torch.Generator], Call]:
-    def build(case: Case, generator: torch.Generator) -> Call:
-        hidden, weight = states_and_head(case, generator, spread)
-        target = targets(case, generator, ignored, options.get("ignore_index", -100))
-        args: list[torch.Tensor] = [hidden, weight, target]
-        T = case.sizes["T"]
-        if weights == "signed":
-            token_weight = torch.randn(T, generator=generator)
-            args.append(torch.where(torch.rand(T, generator=generator) < 0.2, 0, token_weight))
-        elif weights == "expanded":
-            args.append(torch.tensor(0.7).expand(T))
-        elif weights == "cancel":
-            args.append(1.0 - 2.0 * (torch.arange(T) % 2))
-        if leading is not None:
-            args = [args[0].view(*leading, case.sizes["H"]), weight, *(other.view(leading) for other in args[2:])]
-        if strided:
-            args = [gappy(argument) for argument in args]
-        kwargs: dict[str, Any] = dict(options)
-        if bias:
-            kwargs["bias"] = torch.randn(case.sizes["V"], generator=generator).to(case.dtype)
-        differentiable: list[int | str] = [*([] if frozen_hidden else [0]), *([] if frozen else [1])]
-        differentiable += [3] if weights_need_gradient else []
-        differentiable += ["bias"] if bias and not frozen else []
-        floating: list[int | str] = [0, 1, *(["bias"] if bias else [])]
-        constant = [key for key in floating if key not in differentiable]
-        return Call(tuple(args), kwargs, tuple(differentiable), constant=tuple(constant))
-
-    return build
-
-
-def eager_log_prob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> torch.Tensor:
-    """The head and the log-probability as one writes them: logits in the model's dtype, the loss in float32."""
-    return eager_log_prob_of_logits(F.linear(hidden, weight, bias), target, ignore_index, softcap, logit_scale)
-
-
-def eager_log_prob_of_logits(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, softcap: float | None, logit_scale: float
-) -> torch.Tensor:
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    rows = logits.reshape(-1, logits.shape[-1])
-    nll = F.cross_entropy(rows, target.reshape(-1), ignore_index=ignore_index, reduction="none")
-    return -nll.view(target.shape)
 
 
 def eager(
@@ -127,31 +30,11 @@ def eager(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    nll = -eager_log_prob(hidden, weight, target, ignore_index=ignore_index, **options)
+    nll = eager_penalised(F.linear(hidden, weight, bias), target, ignore_index, **options)
     return eager_reduce(nll, target != ignore_index, token_weight, reduction, normalizer)
-
-
-def eager_reduce(
-    loss: torch.Tensor,
-    counted: torch.Tensor,
-    token_weight: torch.Tensor | None,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-) -> torch.Tensor:
-    weights = counted if token_weight is None else token_weight * counted
-    loss = loss * weights
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (weights.sum() if normalizer is None else normalizer)
-
-
-@functools.cache
-def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return torch.compile(function)
 
 
 def torch_compile(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -185,28 +68,6 @@ def torch_chunked(
     if plain:
         return loss
     return eager_reduce(loss.view(target.shape), target != ignore_index, token_weight, reduction, normalizer)
-
-
-def traffic(case: Case, passes: int) -> Traffic:
-    """`passes` GEMM passes of 2 T H V; the head and the rows read once, the gradients written once."""
-    T, H, V = case.sizes["T"], case.sizes["H"], case.sizes["V"]
-    size = case.dtype.itemsize
-    head = V * H * size * (2 if passes == 3 else 1)
-    return Traffic(bytes=head + 2 * T * H * size + T * (8 + 4 + 4), flops=2.0 * T * H * V * passes)
-
-
-def benchmark_cases(build: Callable[..., Callable[[Case, torch.Generator], Call]], **options: Any) -> tuple[Case, ...]:
-    return tuple(
-        Case(
-            f"bench_{dtype_name(dtype)}_{T}x{H}x{V}_{'frozen' if frozen else 'trainable'}",
-            {"T": T, "H": H, "V": V},
-            build(frozen=frozen, **options),
-            dtype,
-            benchmark=True,
-        )
-        for dtype, T, H, V in BENCHMARKS
-        for frozen in (True, False)
-    )
 
 
 def _traffic(case: Case) -> Traffic:
@@ -252,9 +113,21 @@ OP = OpCases(
         Case("one_token", {"T": 1, "H": 24, "V": 101}, builder(weights=None, ignored=0.0)),
         Case("one_class", {"T": 5, "H": 24, "V": 1}, builder(ignored=0.0)),
         Case("width_1", {"T": 37, "H": 1, "V": 101}, builder()),
+        *(
+            Case(f"penalised_{name}", SMALL, builder(label_smoothing=0.2, z_loss=0.01, bias=True, **settings), dtype)
+            for name, dtype, settings in (
+                ("fp32", torch.float32, {}),
+                ("bf16", torch.bfloat16, {"frozen": True}),
+                ("none", torch.float32, {"reduction": "none", "logit_scale": 0.7, "weights_need_gradient": True}),
+                ("softcap", torch.float32, {"softcap": 3.0, "weights": None}),
+            )
+        ),
+        Case("smoothed", SMALL, builder(label_smoothing=0.1)),
+        Case("z_loss", SMALL, builder(z_loss=0.01, reduction="sum")),
         Case("tiles_fp32", {"T": 300, "H": 200, "V": 2100}, builder(bias=True)),
         Case("tiles_bf16", {"T": 300, "H": 200, "V": 2100}, builder(bias=True), torch.bfloat16),
         Case("tiles_frozen_bf16", {"T": 300, "H": 129, "V": 1033}, builder(frozen=True), torch.bfloat16),
+        *sure_cases(builder, reduction="none"),
         *benchmark_cases(builder),
     ),
     traffic=_traffic,

@@ -1,142 +1,134 @@
-"""Calls of the compiled kernels of `linear_cross_entropy` and `linear_log_prob`."""
+"""Calls of the compiled kernels of the ops on a language-model head."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from trace_kernels.runtime import native as compiled
-from trace_kernels.runtime.native import address, empty_gradient, native, num_threads
+from trace_kernels.runtime.native import ELEMENTS, address, empty_gradient, native, num_threads
+from trace_kernels.shared.linear import Call, Gradient, Stats, kept_index, pick, unit_stride
 
-__all__ = ["backward_weight_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
+__all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu", "stats_cpu"]
 
 cpu_unavailable = functools.partial(
-    compiled.cpu_unavailable, "linear_cross_entropy_backward_weight_cpu", "linear_cross_entropy_forward_cpu"
+    compiled.cpu_unavailable,
+    "linear_cross_entropy_backward_cpu",
+    "linear_cross_entropy_forward_cpu",
+    "linear_cross_entropy_stats_cpu",
 )
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/tile_kernels.h
 
 
 def refuse_cpu(hidden: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     if hidden.device.type != "cpu":
         return f"hidden is on {hidden.device}, it serves the cpu only"
-    if hidden.dtype not in TYPES or weight.dtype != hidden.dtype:
+    if hidden.dtype not in ELEMENTS or weight.dtype != hidden.dtype:
         return f"hidden is {hidden.dtype} and weight {weight.dtype}, it serves float32, bfloat16 and float16"
     return None
 
 
+class _Rows:
+    """The rows of a call that take part, as the kernels get them, and the tensors that must outlive their calls.
+
+    Attributes:
+        index: of these rows, or None for all.
+        count: how many they are.
+    """
+
+    def __init__(self, call: Call) -> None:
+        assert call.target is not None
+        hidden, weight, bias = unit_stride(call.hidden), unit_stride(call.weight), call.bias
+        self.index = kept_index(call.kept())
+        target = pick(call.target, self.index)
+        self.count = target.shape[0]
+        self._tensors = (hidden, weight, bias, target)
+        self._arguments = (
+            hidden.data_ptr(), weight.data_ptr(), ELEMENTS[weight.dtype], self.count, hidden.shape[1], weight.shape[0],
+            hidden.stride(0), weight.stride(0), address(self.index), address(bias), target.data_ptr(),
+            1 if target.dim() == 1 else target.shape[1], *call.numbers,
+        )  # fmt: skip
+        self._bias = bias is not None
+        self.empty_dweight = functools.partial(empty_gradient, weight)
+
+    def run(self, function: str, *arguments: int) -> None:
+        getattr(native(), function)(native().LinearProblem(*self._arguments), *arguments, num_threads())
+
+    def dhidden(self, hidden: torch.Tensor, wanted: bool) -> torch.Tensor:
+        if wanted and self.index is not None:
+            return hidden.new_zeros(hidden.shape)
+        return hidden.new_empty(hidden.shape[0] if wanted else 0, hidden.shape[1])
+
+    def head(self, call: Call, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for dweight, which is zero where no row takes part, and dbias."""
+        dweight = self.empty_dweight() if wanted else call.weight.new_empty(0, call.weight.shape[1])
+        dbias = torch.zeros(call.num_classes if wanted else 0, dtype=torch.float32)
+        return dweight if self.count else dweight.zero_(), dbias
+
+    def bias_address(self, dbias: torch.Tensor) -> int:
+        return dbias.data_ptr() if self._bias and dbias.numel() else 0
+
+
+def _wanted(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else 0
+
+
 def forward_cpu(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
+    call: Call, want_dhidden: bool, want_dweight: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    T, H = hidden.shape
-    index = kept_rows(target, row_weight, ignore_index)
-    hidden, weight = unit_stride(hidden), unit_stride(weight)
-    logp, lse = (torch.zeros(T, dtype=torch.float32) for _ in range(2))
-    dhidden = hidden.new_empty(T if want_dhidden else 0, H)
-    kept = T if index is None else index.numel()
-    if want_dhidden and kept < T:
-        dhidden.zero_()
-    dweight = empty_gradient(weight) if want_dweight else weight.new_empty(0, H)
-    dbias = lse.new_zeros(weight.shape[0] if want_dweight else 0)
-    if not kept:
-        return logp, lse, dhidden, dweight.zero_(), dbias
-    problem = _problem(hidden, weight, bias, _pick(target, index), index, softcap, logit_scale)
-    row_weight = lse.new_ones(kept) if row_weight is None else _pick(row_weight, index).contiguous()
-    native().linear_cross_entropy_forward_cpu(
-        *problem.arguments, logp.data_ptr(), lse.data_ptr(), dhidden.data_ptr() if want_dhidden else 0,
-        row_weight.data_ptr(), dweight.data_ptr() if want_dweight else 0, _bias_address(bias, dbias), num_threads(),
-    )  # fmt: skip
+    rows = _Rows(call)
+    logp, lse = (torch.zeros(call.hidden.shape[0], dtype=torch.float32) for _ in range(2))
+    dhidden = rows.dhidden(call.hidden, want_dhidden)
+    dweight, dbias = rows.head(call, want_dweight)
+    row_weight = lse.new_ones(rows.count) if call.row_weight is None else pick(call.row_weight, rows.index).contiguous()
+    if rows.count:
+        rows.run(
+            "linear_cross_entropy_forward_cpu", logp.data_ptr(), lse.data_ptr(), _wanted(dhidden),
+            row_weight.data_ptr(), _wanted(dweight), rows.bias_address(dbias),
+        )  # fmt: skip
     return logp, lse, dhidden, dweight, dbias
 
 
-def backward_weight_cpu(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    row_grad: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    index = kept_rows(target, row_grad, ignore_index)
-    problem = _problem(
-        unit_stride(hidden), unit_stride(weight), bias, _pick(target, index), index, softcap, logit_scale
-    )
-    lse, row_grad = _pick(lse, index), _pick(row_grad, index).contiguous()
-    dweight, dbias = empty_gradient(weight), lse.new_zeros(weight.shape[0])
-    if not lse.numel():
-        return dweight.zero_(), dbias
-    native().linear_cross_entropy_backward_weight_cpu(
-        *problem.arguments, lse.data_ptr(), row_grad.data_ptr(), dweight.data_ptr(), _bias_address(bias, dbias),
-        num_threads(),
+def stats_cpu(call: Call, want_others: bool, want_entropy: bool) -> Stats:
+    assert call.target is not None
+    rows = _Rows(call)
+    T, K = call.target.shape
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    some = T if want_entropy else 0
+    found = Stats(
+        zeros(T, K), zeros(T), zeros(some, dtype=torch.int64), zeros(some), zeros(some), zeros(T, K),
+        rows.dhidden(call.hidden, want_others),
     )  # fmt: skip
-    return dweight, dbias
+    if rows.count:
+        rows.run(
+            "linear_cross_entropy_stats_cpu", found.logp.data_ptr(), found.lse.data_ptr(), found.slope.data_ptr(),
+            _wanted(found.others), _wanted(found.entropy), _wanted(found.top), _wanted(found.top_logp),
+        )  # fmt: skip
+    ignored = call.target == call.ignore_index
+    return found._replace(logp=found.logp.masked_fill_(ignored, 0), slope=found.slope.masked_fill_(ignored, 0))
 
 
-class _Problem:
-    """The arguments that every kernel takes first, and the tensors that must outlive the call."""
+def backward_cpu(
+    call: Call, lse: torch.Tensor, gradient: Gradient, want_dhidden: bool, want_dweight: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = _Rows(call)
 
-    def __init__(self, arguments: tuple[float, ...], weight: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]):
-        self.arguments = arguments
-        self.weight = weight
-        self.tensors = tensors
+    def weighted(values: torch.Tensor) -> Any:
+        if call.row_weight is not None:
+            values = values * call.row_weight.view(-1, *[1] * (values.dim() - 1))
+        return pick(values, rows.index).contiguous()
 
-
-def _problem(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    index: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> _Problem:
-    arguments = (
-        hidden.data_ptr(),
-        weight.data_ptr(),
-        TYPES[weight.dtype],
-        target.numel(),
-        hidden.shape[1],
-        weight.shape[0],
-        hidden.stride(0),
-        weight.stride(0),
-        address(index),
-        address(bias),
-        target.data_ptr(),
-        softcap or 0.0,
-        logit_scale,
-    )
-    return _Problem(arguments, weight, (hidden, weight, bias, target, index))
-
-
-def _bias_address(bias: torch.Tensor | None, dbias: torch.Tensor) -> int:
-    return 0 if bias is None or not dbias.numel() else dbias.data_ptr()
-
-
-def kept_rows(target: torch.Tensor, row_weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor | None:
-    """Indices of the rows that take part, or None when all do."""
-    kept = target != ignore_index
-    if row_weight is not None:
-        kept &= row_weight != 0
-    return None if kept.all() else kept.nonzero()[:, 0]
-
-
-def unit_stride(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix with contiguous rows; any distance between them will do."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
-def _pick(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    return values if index is None else values[index]
+    lse, constant, targets = pick(lse, rows.index), weighted(gradient.constant), weighted(gradient.targets)
+    log = None if gradient.log is None else weighted(gradient.log)
+    dhidden = rows.dhidden(call.hidden, want_dhidden)
+    dweight, dbias = rows.head(call, want_dweight)
+    if rows.count:
+        rows.run(
+            "linear_cross_entropy_backward_cpu", lse.data_ptr(), constant.data_ptr(), address(log), targets.data_ptr(),
+            _wanted(dhidden), _wanted(dweight), rows.bias_address(dbias),
+        )  # fmt: skip
+    return dhidden, dweight, dbias

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 
-from trace_kernels.ops.linear_cross_entropy.log_prob import backends, check_inputs, needs_gradient, per_token
-from trace_kernels.shared import losses, vocabulary
+from trace_kernels.ops.linear_cross_entropy import token_stats
+from trace_kernels.ops.linear_cross_entropy.backends import backends
+from trace_kernels.ops.linear_cross_entropy.log_prob import per_token
+from trace_kernels.ops.linear_cross_entropy.mean_logit import linear_mean_logit
+from trace_kernels.shared import losses
+from trace_kernels.shared.linear import Call, call_of, needs_gradient
 
 
 def linear_cross_entropy(
@@ -22,6 +26,8 @@ def linear_cross_entropy(
     normalizer: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     group: Any = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -34,6 +40,10 @@ def linear_cross_entropy(
 
     over the tokens whose target is not `ignore_index`; softcap(x) = cap * tanh(x / cap), or x without one. The
     position t predicts target t: shift the labels before the call.
+
+    With a label smoothing e and a z-loss c, nll_t becomes :math:`(1 - e) \, \text{nll}_t + e \, \frac1V \sum_v -\log
+    p_{tv} + c \, (\log \sum_v e^{z_{tv}})^2`. Every backend serves both without logits, at the costs of
+    reduction="none"; a label smoothing beside a softcap makes the logits of a few rows at a time in plain torch.
 
     Logits and losses are float32 whatever the inputs (float64 for float64 inputs). Tokens that are ignored or weigh
     0 cost nothing, and what their rows hold does not matter. With a frozen `weight` the gradient takes two passes over
@@ -52,6 +62,8 @@ def linear_cross_entropy(
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
         softcap: from 1e-30 to 1e30.
         logit_scale: finite; 1 / temperature.
+        label_smoothing: from 0 to 1, the share of the loss that is spread over all classes, as torch defines it.
+        z_loss: finite, at least 0: times the squared logsumexp, weighted as the loss is.
         group: None, or a torch.distributed ProcessGroup or DeviceMesh over which the vocabulary is split: see below.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -82,27 +94,29 @@ def linear_cross_entropy(
         '1.3863'
         >>> loss.backward()
     """
-    weight, bias, group_name = vocabulary.local_head(weight, bias, group)
-    check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
-    losses.check_weighting(token_weight, reduction, normalizer, hidden.shape[:-1], hidden.device, "hidden")
-    hidden, weight = losses.autocast(hidden), losses.autocast(weight)
-    losses.check_same_dtype("weight", weight, hidden.dtype, "hidden")
-    dtype = losses.compute_dtype(hidden.dtype)
-    softcap = None if softcap is None else float(softcap)
-    rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
-    weighting = losses.Weighting(token_weight, flat_target != ignore_index, reduction, normalizer, dtype)
-    if weighting.known and reduction != "none" and group_name is None and losses.stash_keeps_digits(weight):
-        coefficients = weighting.coefficients()
-        return -_sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)[0]
+    call = call_of(hidden, weight, target, bias, ignore_index, softcap, logit_scale, group)
+    losses.check_weighting(token_weight, reduction, normalizer, target.shape, hidden.device, "hidden")
+    losses.check_penalties(label_smoothing, z_loss)
+    penalised = label_smoothing > 0 or z_loss > 0
+    if penalised and group is not None:
+        raise ValueError("group: given with label_smoothing or z_loss, allowed is then None")
+    assert call.target is not None
+    dtype = losses.compute_dtype(call.hidden.dtype)
+    weighting = losses.Weighting(token_weight, call.target != ignore_index, reduction, normalizer, dtype)
+    whole = weighting.known and reduction != "none" and call.group_name is None and not penalised
+    if whole and losses.stash_keeps_digits(call.weight):
+        return -_sum(call, weighting.coefficients(), backend)[0]
     if backend != "auto" and not torch.compiler.is_compiling():
         # What follows is linear_log_prob, whose name a refusal bears: here it bears that of the op that was called.
-        backends.select(backend, hidden.device, hidden, weight, bias)
+        backends.select(backend, hidden.device, *call[:3])
     # A weight that needs a gradient needs its token's loss, also when it is 0.
-    row_weight = weighting.rows if weighting.known else None
-    logp = per_token(
-        rows, weight, bias, flat_target, row_weight, ignore_index, softcap, float(logit_scale), group_name, backend
-    )
-    loss = weighting.reduce(-logp)
+    call = Call(*call[:4], weighting.rows if weighting.known else None, *call[5:])
+    if penalised:
+        logp, lse = token_stats.per_token(call.of_one_target(), backend)
+        mean = linear_mean_logit(call) if label_smoothing > 0 else lse
+        loss = weighting.reduce(losses.penalised(logp[:, 0], lse, mean, label_smoothing, z_loss))
+    else:
+        loss = weighting.reduce(-per_token(call, backend))
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -133,41 +147,23 @@ def log_prob_sum(
         >>> round(total.item(), 4)
         -1.1904
     """
-    check_inputs(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
-    losses.check_weighting(coefficient, "sum", None, hidden.shape[:-1], hidden.device, "hidden")
-    hidden, weight = losses.autocast(hidden), losses.autocast(weight)
-    losses.check_same_dtype("weight", weight, hidden.dtype, "hidden")
-    softcap = None if softcap is None else float(softcap)
-    rows, flat_target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
-    counted, dtype = flat_target != ignore_index, losses.compute_dtype(hidden.dtype)
+    call = call_of(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
+    losses.check_weighting(coefficient, "sum", None, target.shape, hidden.device, "hidden")
+    assert call.target is not None
+    counted, dtype = call.target != ignore_index, losses.compute_dtype(call.hidden.dtype)
     coefficients = losses.Weighting(coefficient.detach(), counted, "sum", None, dtype).coefficients()
-    if losses.stash_keeps_digits(weight):
-        total, logp = _sum(rows, weight, bias, flat_target, coefficients, ignore_index, softcap, logit_scale, backend)
+    if losses.stash_keeps_digits(call.weight):
+        total, logp = _sum(call, coefficients, backend)
     else:
+        logp = per_token(Call(*call[:4], coefficients, *call[5:]), backend)
         assert coefficients is not None
-        logp = per_token(
-            rows, weight, bias, flat_target, coefficients, ignore_index, softcap, float(logit_scale), None, backend
-        )
         total, logp = (logp * coefficients).sum(), logp.detach()
     return total, logp.view(target.shape)
 
 
-def _sum(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    coefficients: torch.Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    bias = None if bias is None else bias.to(losses.compute_dtype(rows.dtype)).contiguous()
-    total, *_, logp = linear_log_prob_sum(
-        rows, weight, bias, target, coefficients, ignore_index, softcap, float(logit_scale),
-        needs_gradient(rows), needs_gradient(weight, bias), backend,
-    )  # fmt: skip
+def _sum(call: Call, coefficients: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    wanted = (needs_gradient(call.hidden), needs_gradient(call.weight, call.bias))
+    total, *_, logp = linear_log_prob_sum(*call[:4], coefficients, *call[5:8], *wanted, backend)
     losses.lend_stash(total)
     return total, logp
 
@@ -188,35 +184,24 @@ def linear_log_prob_sum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of row_weight_t * logp_t; the weights are constants, so both gradients are formed at once. Last: logp."""
     losses.check_target_values(target, weight.shape[0], ignore_index)
+    call = Call(hidden, weight, bias, target, row_weight, ignore_index, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
-        logp, _, dhidden, dweight, dbias = backends.select(backend, hidden.device, hidden, weight, bias).forward(
-            hidden, weight, bias, target, row_weight, ignore_index, softcap, logit_scale, want_dhidden, want_dweight
-        )
+        functions = backends.select(backend, hidden.device, hidden, weight, bias)
+        logp, _, dhidden, dweight, dbias = functions.forward(call, want_dhidden, want_dweight)
     total = (logp if row_weight is None else logp * row_weight).sum()
     return total, dhidden, dweight, dbias, logp
 
 
 @linear_log_prob_sum.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    (num_rows, width), vocabulary = hidden.shape, weight.shape[0]
+def _(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> Any:
+    *_, want_dhidden, want_dweight, _ = others
+    (num_rows, width), num_classes = hidden.shape, weight.shape[0]
     total = hidden.new_empty((), dtype=losses.compute_dtype(hidden.dtype))
     return (
         total,
         hidden.new_empty(num_rows if want_dhidden else 0, width),
-        weight.new_empty(vocabulary if want_dweight else 0, width),
-        total.new_empty(vocabulary if want_dweight else 0),
+        weight.new_empty(num_classes if want_dweight else 0, width),
+        total.new_empty(num_classes if want_dweight else 0),
         total.new_empty(num_rows),
     )
 

@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 
 from trace_kernels.ops.linear_cross_entropy import chunked
-from trace_kernels.ops.linear_cross_entropy.chunked import Options, RowKernels, Rows
+from trace_kernels.ops.linear_cross_entropy.chunked import RowKernels, State
 from trace_kernels.runtime.recording import cdiv
 from trace_kernels.shared import losses
+from trace_kernels.shared.linear import Call, Gradient, Stats
 from trace_kernels.shared.triton_common import (
     LOWEST,
     column_sums,
     launch,
+    log1p,
     scaled_rows,
     store_rounded,
     tile,
@@ -35,8 +37,10 @@ NO_LABEL = tl.constexpr(losses.NO_LABEL)
 
 
 @triton.jit
-def is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT: tl.constexpr):
-    kept = tl.load(target + row) != ignore_index
+def is_kept(target, row_weight, row, num_targets, ignore_index, HAS_WEIGHT: tl.constexpr):
+    kept = tl.load(target + row * num_targets) != ignore_index
+    for k in range(1, num_targets):
+        kept = kept | (tl.load(target + row * num_targets + k) != ignore_index)
     if HAS_WEIGHT:
         kept = kept & (tl.load(row_weight + row) != 0.0)
     return kept
@@ -44,36 +48,48 @@ def is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT: tl.constexpr):
 
 @triton.jit
 def block_kernel(
-    logits, dz, bias, target, row_weight, reference, others, label_logit,
-    first, width, stride, stride_dz, ignore_index, softcap, logit_scale,
+    logits, dz, bias, target, row_weight, reference, others, pivot, gap, top, label_logit,
+    first, width, stride, stride_dz, num_targets, ignore_index, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr,
-    WRITE: tl.constexpr, LAG: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    WRITE: tl.constexpr, ENTROPY: tl.constexpr, LAG: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Add the logits of the columns ``first`` to ``first + width`` to each row's softmax.
 
-    A row's state is its `reference`, `others` = the sum of ``exp(x - reference)`` over all columns but the label's, and
-    the label's logit. With WRITE, dz becomes ``exp(x - reference) * dx/dz``; finish_kernel knows its factor. The
-    reference lags the maximum by at most LAG, so that it seldom moves and what is written seldom has to be read again.
+    A row's state is its `reference`, the largest logit `pivot` and its class `top`, `others` = the sum of
+    ``exp(x - reference)`` over all columns but that, with ENTROPY `gap` = that of ``exp(x - reference)`` times ``x -
+    reference``, and the labels' logits. With WRITE, dz becomes ``exp(x - reference) * dx/dz``; finish_kernel knows its
+    factor. The reference lags the maximum by at most LAG, so that it seldom moves and what is written seldom has to be
+    read again.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     dz += row * stride_dz
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    if is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT):
-        label = tl.load(target + row) - first
+    if is_kept(target, row_weight, row, num_targets, ignore_index, HAS_WEIGHT):
+        gap_before = tl.zeros([], tl.float32)
         if FIRST:
             largest = tl.full([], LOWEST, tl.float32)
+            highest = tl.full([], LOWEST, tl.float32)
+            highest_class = tl.full([], -1, tl.int64)
             sum_before = tl.zeros([], tl.float32)
-            tl.store(label_logit + row, float("nan"))  # what a label that is no class keeps
         else:
             largest = tl.load(reference + row)
+            highest = tl.load(pivot + row)
+            highest_class = tl.load(top + row)
             sum_before = tl.load(others + row)
-        if (label >= 0) & (label < width):
-            z = tl.load(logits + label)
-            if HAS_BIAS:
-                z += tl.load(bias + first + label)
-            tl.store(label_logit + row, z)
+            if ENTROPY:
+                gap_before = tl.load(gap + row)
+        for k in range(num_targets):
+            label = tl.load(target + row * num_targets + k) - first
+            if FIRST:
+                tl.store(label_logit + row * num_targets + k, float("nan"))  # what a label that is no class keeps
+            if (label >= 0) & (label < width):
+                z = tl.load(logits + label)
+                if HAS_BIAS:
+                    z += tl.load(bias + first + label)
+                tl.store(label_logit + row * num_targets + k, z)
         total = tl.zeros([LANES], tl.float32)
+        gap_total = tl.zeros([LANES], tl.float32)
         for start in range(0, width, LANES * VEC):
             inside = start + columns < width
             z = tl.load(logits + start + columns, mask=inside, other=0.0)
@@ -81,153 +97,215 @@ def block_kernel(
                 z += tl.load(bias + first + start + columns, mask=inside, other=0.0)
             x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
             x = tl.where(inside, x, -float("inf"))
-            top = tl.max(tl.max(x, axis=1), axis=0)
-            if top > largest + LAG:
-                rescale = tl.exp(largest - top)
-                total *= rescale
-                sum_before *= rescale
-                if WRITE:
-                    tl.debug_barrier()
-                    for done in range(0, first + start, LANES * VEC):
-                        before = done + columns < first + start
-                        old = tl.load(dz + done + columns, mask=before, other=0.0).to(tl.float32)
-                        store_rounded(dz + done + columns, old * rescale, before)
-                largest = top
+            best = tl.max(tl.max(x, axis=1), axis=0)
+            if best > highest:
+                if best > largest + LAG:
+                    rescale = tl.exp(largest - best)
+                    if ENTROPY:
+                        gap_total = rescale * (gap_total + total * (largest - best))
+                        gap_before = rescale * (gap_before + sum_before * (largest - best))
+                    total *= rescale
+                    sum_before *= rescale
+                    if WRITE:
+                        tl.debug_barrier()
+                        for done in range(0, first + start, LANES * VEC):
+                            before = done + columns < first + start
+                            old = tl.load(dz + done + columns, mask=before, other=0.0).to(tl.float32)
+                            store_rounded(dz + done + columns, old * rescale, before)
+                    largest = best
+                # The pivot so far joins the others.
+                joining = tl.exp(highest - largest)
+                sum_before += joining
+                if ENTROPY:
+                    gap_before += joining * (highest - largest)
+                highest = best
+                place = tl.where(x == best, columns, LANES * VEC)
+                highest_class = (first + start + tl.min(tl.min(place, axis=1), axis=0)).to(tl.int64)
             exponential = tl.exp(x - largest)
-            total += tl.sum(tl.where(start + columns == label, 0.0, exponential), axis=1)
+            rest = tl.where(first + start + columns == highest_class, 0.0, exponential)
+            total += tl.sum(rest, axis=1)
+            if ENTROPY:
+                gap_total += tl.sum(tl.where(rest == 0.0, 0.0, rest * (x - largest)), axis=1)
             if WRITE:
                 store_rounded(dz + first + start + columns, exponential * derivative, inside)
         tl.store(reference + row, largest)
+        tl.store(pivot + row, highest)
+        tl.store(top + row, highest_class)
         tl.store(others + row, sum_before + tl.sum(total, axis=0))
+        if ENTROPY:
+            tl.store(gap + row, gap_before + tl.sum(gap_total, axis=0))
     elif WRITE:
         zero_row(dz + first, width, columns, LANES * VEC)
 
 
 @triton.jit
 def finish_kernel(
-    dz, target, row_weight, reference, others, label_logit, logp, lse, factor,
-    num_rows, num_classes, stride_dz, ignore_index, softcap, logit_scale,
-    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    dz, target, row_weight, reference, others, pivot, gap, top, label_logit,
+    logp, lse, top_class, top_logp, entropy, slope, factor,
+    num_rows, num_classes, stride_dz, num_targets, ignore_index, softcap, logit_scale,
+    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE: tl.constexpr, ENTROPY: tl.constexpr,
+    EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the rows' states logp and lse, and with WRITE the label's dz and ``factor * dz = d logp / d (W h)``."""
+    """The stats of the rows' states. With WRITE a factor, and dz at the labels: ``factor * dz = d logp / d (W h)``.
+
+    With EXCLUDE dz is 0 at the labels, and ``factor * dz`` the softmax times dz / d (W h) elsewhere.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
-    label = tl.load(target + row, mask=inside, other=0)
-    kept = inside & (label != ignore_index)
+    kept = tl.zeros([BLOCK], tl.int1)
+    known = tl.full([BLOCK], 1, tl.int1)
+    for k in range(num_targets):
+        label = tl.load(target + row * num_targets + k, mask=inside, other=0)
+        kept = kept | (label != ignore_index)
+        known = known & (((label >= 0) & (label < num_classes)) | (label == ignore_index) | (label == NO_LABEL))
+    kept = kept & inside
     if HAS_WEIGHT:
         kept = kept & (tl.load(row_weight + row, mask=inside, other=0.0) != 0.0)
     largest = tl.load(reference + row, mask=kept, other=0.0)
-    rest = tl.load(others + row, mask=kept, other=1.0)
-    z = tl.load(label_logit + row, mask=kept, other=0.0)
-    x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
-    x = tl.where(label == NO_LABEL, -float("inf"), x)
-    exponentials = rest + tl.exp(x - largest)
-    log_total = tl.log(exponentials)
-    # The maximum and the logarithm apart: their sum would round away digits of a small loss.
-    tl.store(logp + row, tl.where(kept, (x - largest) - log_total, 0.0), mask=inside)
-    tl.store(lse + row, tl.where(kept, largest + log_total, 0.0), mask=inside)
+    rest = tl.load(others + row, mask=kept, other=0.0)
+    highest = tl.load(pivot + row, mask=kept, other=0.0)
+    highest_class = tl.load(top + row, mask=kept, other=0)
+    # Relative to the pivot. A row of which nothing is above -1e30 has no probabilities.
+    back = tl.where(highest_class < 0, float("nan"), tl.exp(largest - highest))
+    share = rest * back
+    highest_logp = -log1p(share)
+    tl.store(lse + row, tl.where(kept, highest - highest_logp, 0.0), mask=inside)
+    if ENTROPY:
+        tl.store(top_class + row, tl.where(kept, highest_class, 0), mask=inside)
+        tl.store(top_logp + row, tl.where(kept, highest_logp, 0.0), mask=inside)
+        weighted = back * (tl.load(gap + row, mask=kept, other=0.0) + rest * (largest - highest))
+        tl.store(entropy + row, tl.where(kept, -highest_logp - weighted / (1.0 + share), 0.0), mask=inside)
+    normalizer = rest + tl.exp(highest - largest)
     if WRITE:
-        # 1 - p is the others' share: no difference of two roundings.
-        valid = kept & (label >= 0) & (label < num_classes)
-        store_rounded(dz + row * stride_dz + label, -rest * derivative, valid)
-        tl.store(factor + row, tl.where(kept, -logit_scale / exponentials, 0.0), mask=inside)
+        scale = tl.where(known, logit_scale / normalizer, float("nan"))
+        if not EXCLUDE:
+            scale = -scale
+        tl.store(factor + row, tl.where(kept, scale, 0.0), mask=inside)
+    for k in range(num_targets):
+        label = tl.load(target + row * num_targets + k, mask=inside, other=0)
+        scored = kept & (label != ignore_index)
+        z = tl.load(label_logit + row * num_targets + k, mask=scored, other=0.0)
+        x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+        difference = tl.where(label == NO_LABEL, -float("inf"), x - highest)
+        result = tl.where(label == highest_class, 0.0, difference) + highest_logp
+        tl.store(logp + row * num_targets + k, tl.where(scored, result, 0.0), mask=inside)
+        valid = scored & (label >= 0) & (label < num_classes)
+        if EXCLUDE:
+            steep = derivative * logit_scale + tl.zeros([BLOCK], tl.float32)
+            tl.store(slope + row * num_targets + k, tl.where(valid, steep, 0.0), mask=inside)
+        if WRITE:
+            at = dz + row * stride_dz + label
+            if EXCLUDE:
+                store_rounded(at, tl.zeros([BLOCK], tl.float32), valid)
+            else:
+                # 1 - p is the others' share: no difference of two roundings.
+                left = tl.where(label == highest_class, rest, normalizer - tl.exp(x - largest))
+                store_rounded(at, -left * derivative, valid)
 
 
 @triton.jit
 def gradient_kernel(
-    logits, dz, bias, target, row_weight, lse, factor,
-    first, width, num_classes, stride, stride_dz, ignore_index, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
+    logits, dz, bias, target, row_weight, lse, constant, slope_of_log, at_targets, factor,
+    first, width, num_classes, stride, stride_dz, num_targets, ignore_index, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOG: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """``dz = d logp / d (W h)`` of a block from the known logsumexp; `factor`: the row's weight, or 1 without SCALE."""
+    """Dz of a block: ``p (constant + slope_of_log * log p) * dx/dz``, at the labels ``at_targets * dx/dz``.
+
+    `factor`: the row's weight, 0 where it is dropped.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     dz += row * stride_dz + first
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    if is_kept(target, row_weight, row, ignore_index, HAS_WEIGHT):
-        label = tl.load(target + row)
+    if is_kept(target, row_weight, row, num_targets, ignore_index, HAS_WEIGHT):
         normalizer = tl.load(lse + row)
+        a = tl.load(constant + row)
         for start in range(0, width, LANES * VEC):
             inside = start + columns < width
             z = tl.load(logits + start + columns, mask=inside, other=0.0)
             if HAS_BIAS:
                 z += tl.load(bias + first + start + columns, mask=inside, other=0.0)
             x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
-            dx = tl.where(first + start + columns == label, 1.0, 0.0) - tl.exp(x - normalizer)
+            p = tl.exp(x - normalizer)
+            dx = p * a
+            if HAS_LOG:
+                dx += tl.where(p == 0.0, 0.0, p * tl.load(slope_of_log + row) * (x - normalizer))
             store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
-        scale = tl.full([], 1.0, tl.float32)
-        if SCALE:
-            scale = tl.load(row_weight + row)
-        known = ((label >= 0) & (label < num_classes)) | (label == NO_LABEL)
-        tl.store(factor + row, tl.where(known, scale, float("nan")))
+        tl.debug_barrier()  # what follows is written by whichever thread
+        known = row >= 0
+        for k in range(num_targets):
+            label = tl.load(target + row * num_targets + k)
+            known = known & (((label >= 0) & (label < num_classes)) | (label == ignore_index) | (label == NO_LABEL))
+            place = label - first
+            if (place >= 0) & (place < width):
+                z = tl.load(logits + place)
+                if HAS_BIAS:
+                    z += tl.load(bias + label)
+                _, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
+                value = tl.load(at_targets + row * num_targets + k) * derivative * logit_scale
+                store_rounded(dz + place, value, place >= 0)
+        weight = tl.full([], 1.0, tl.float32)
+        if HAS_WEIGHT:
+            weight = tl.load(row_weight + row)
+        tl.store(factor + row, tl.where(known, weight, float("nan")))
     else:
         tl.store(factor + row, 0.0)
         zero_row(dz, width, columns, LANES * VEC)
 
 
-def _block(
-    z: torch.Tensor,
-    dz: torch.Tensor,
-    rows: Rows,
-    state: torch.Tensor,
-    first: int,
-    options: Options,
-    write: bool,
-) -> None:
+def _block(z: torch.Tensor, dz: torch.Tensor, call: Call, state: State, first: int, write: bool, entropy: bool) -> None:
+    assert call.target is not None
     lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
     launch(
         block_kernel, (z.shape[0],),
-        z, dz, rows.bias, rows.target, rows.weight, *state, first, z.shape[1], z.stride(0), dz.stride(0),
-        *options.numbers,
+        z, dz, call.bias, call.target, call.row_weight, *state.numbers, state.top, state.labels,
+        first, z.shape[1], z.stride(0), dz.stride(0), call.target.shape[1], call.ignore_index, *call.numbers,
         num_warps=WARPS, bytes=z.numel() * (4 + write * dz.element_size()), cached=4 * z.numel(),
-        HAS_BIAS=rows.bias is not None, HAS_WEIGHT=rows.weight is not None, HAS_SOFTCAP=options.has_softcap,
-        FIRST=first == 0, WRITE=write, LAG=LAG, LANES=lanes, VEC=vector,
+        HAS_BIAS=call.bias is not None, HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None,
+        FIRST=first == 0, WRITE=write, ENTROPY=entropy, LAG=LAG, LANES=lanes, VEC=vector,
     )  # fmt: skip
 
 
 def _finish(
-    dz: torch.Tensor,
-    rows: Rows,
-    state: torch.Tensor,
-    logp: torch.Tensor,
-    lse: torch.Tensor,
-    factor: torch.Tensor,
-    options: Options,
-    write: bool,
+    dz: torch.Tensor, call: Call, state: State, stats: Stats, factor: torch.Tensor, write: bool, exclude: bool
 ) -> None:
-    R = len(logp)
+    assert call.target is not None
+    R, K = stats.logp.shape
     launch(
         finish_kernel, (cdiv(R, 128),),
-        dz, rows.target, rows.weight, *state, logp, lse, factor, R, rows.num_classes, dz.stride(0), *options.numbers,
-        num_warps=4, bytes=48 * R, HAS_WEIGHT=rows.weight is not None, HAS_SOFTCAP=options.has_softcap, WRITE=write,
-        BLOCK=128,
+        dz, call.target, call.row_weight, *state.numbers, state.top, state.labels, *stats[:6], factor,
+        R, call.num_classes, dz.stride(0), K, call.ignore_index, *call.numbers,
+        num_warps=4, bytes=48 * R * K, HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None,
+        WRITE=write, ENTROPY=stats.entropy.numel() > 0, EXCLUDE=exclude, BLOCK=128,
     )  # fmt: skip
 
 
 def _gradient(
     z: torch.Tensor,
     dz: torch.Tensor,
-    rows: Rows,
+    call: Call,
     first: int,
     lse: torch.Tensor,
+    gradient: Gradient,
     factor: torch.Tensor,
-    options: Options,
-    scale: bool,
     cached: bool,
 ) -> None:
+    assert call.target is not None
     lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
     moved = z.numel() * (4 + dz.element_size())
     launch(
         gradient_kernel, (z.shape[0],),
-        z, dz, rows.bias, rows.target, rows.weight, lse, factor,
-        first, z.shape[1], rows.num_classes, z.stride(0), dz.stride(0), *options.numbers,
+        z, dz, call.bias, call.target, call.row_weight, lse, *gradient, factor,
+        first, z.shape[1], call.num_classes, z.stride(0), dz.stride(0), call.target.shape[1], call.ignore_index,
+        *call.numbers,
         num_warps=WARPS, bytes=moved, cached=4 * z.numel() if cached else 0,
-        HAS_BIAS=rows.bias is not None, HAS_WEIGHT=rows.weight is not None, HAS_SOFTCAP=options.has_softcap,
-        SCALE=scale, LANES=lanes, VEC=vector,
+        HAS_BIAS=call.bias is not None, HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None,
+        HAS_LOG=gradient.log is not None, LANES=lanes, VEC=vector,
     )  # fmt: skip
 
 
 KERNELS = RowKernels(_block, _finish, _gradient, scaled_rows, column_sums)
 forward = functools.partial(chunked.forward, KERNELS)
-backward_weight = functools.partial(chunked.backward_weight, KERNELS)
+stats = functools.partial(chunked.stats, KERNELS)
+backward = functools.partial(chunked.backward, KERNELS)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trace_kernels.ops.linear_cross_entropy.cases import (
+from trace_kernels.ops.linear_kl.op import linear_kl
+from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
+from trace_kernels.testing.linear_cases import (
     SMALL,
     benchmark_cases,
     builder,
@@ -17,8 +19,6 @@ from trace_kernels.ops.linear_cross_entropy.cases import (
     gappy,
     traffic,
 )
-from trace_kernels.ops.linear_kl.op import linear_kl
-from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 
 
 def _builder(

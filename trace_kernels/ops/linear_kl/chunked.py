@@ -28,6 +28,7 @@ from trace_kernels.shared.chunks import (
     mm_float32,
     split_scale,
 )
+from trace_kernels.shared.linear import Call
 
 #: A row needs four times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
 BUDGET = 2 * CHUNK_BYTES
@@ -37,154 +38,97 @@ SPLIT_ROWS = 512
 
 #: A block of the policy's logits and the same of the reference's, [R, columns] float32 with the same strides.
 Pair = tuple[torch.Tensor, torch.Tensor]
-#: (kl, lse, ref_lse) of rows, which it changes in place from those of a slice to those of the whole vocabulary.
-Exchange = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The constants of a call."""
-
-    softcap: float | None
-    logit_scale: float
-
-    @property
-    def has_softcap(self) -> bool:
-        return self.softcap is not None
-
-    @property
-    def numbers(self) -> tuple[float, float]:
-        """As kernels get them: a softcap of 0 is none."""
-        return self.softcap or 0.0, self.logit_scale
+#: See reference.py.
+Exchange = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class RowKernels:
-    """The kernels of a backend. weights [R]: 0 drops a row; None keeps all.
+    """The kernels of a backend. The policy's call [R] has the weights of the rows: 0 drops a row.
 
     Attributes:
-        block: (logits, weights, state [5, R], (kl, lse, ref_lse), first, last, options): add a block to the rows'
-            states; the last one writes the outputs.
-        gradient: (logits, dz [R, V], first, weights, lse, ref_lse, factor, options, cached): d kl / d (W h) of the
-            columns from `first` on; factor becomes the row's weight, 0 if dropped. `cached`: the logits were just made.
+        block: (logits, policy, state [7, R], top [R] int64, outputs, first, last): add the columns from `first` on to
+            the rows' states; the last one writes the outputs: kl, lse, ref_lse, logp and ref_logp of the pivot `top`.
+        gradient: (logits, dz [R, V], policy, first, lse, ref_lse, pivot, difference, factor, cached): d kl / d (W h) of
+            the columns from `first` on; factor becomes the row's weight, 0 if dropped. `cached`: the logits were just
+            made.
         scaled_rows: see `ScaledRows`.
     """
 
-    block: Callable[
-        [Pair, torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor], bool, bool, Options],
-        None,
-    ]
+    block: Callable[[Pair, Call, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], int, bool], None]
     gradient: Callable[..., None]
     scaled_rows: ScaledRows
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Hidden states and head of the policy and of the reference."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
-
-    def logits(self, chunks: Chunks, rows: slice, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        policy, reference = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
-        mm_float32(self.hidden[rows], self.weight[block].T, policy)
-        mm_float32(self.ref_hidden[rows], self.ref_weight[block].T, reference)
-        return policy, reference
-
-
 def forward(
-    kernels: RowKernels,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
-    exchange: Exchange | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; gradients that are not wanted are empty.
-
-    With `exchange` the weights are slices, and it makes the sums of the whole vocabulary out of a chunk's.
-    """
-    (T, H), V = hidden.shape, weight.shape[0]
-    options = Options(softcap, logit_scale)
-    sides = _Sides(hidden, dense(weight), ref_hidden, dense(ref_weight))
+    kernels: RowKernels, policy: Call, ref: Call, want_dhidden: bool, want_dweight: bool, exchange: Exchange | None
+) -> tuple[torch.Tensor, ...]:
+    """Kl, lse, ref_lse, pivot and difference [T], dhidden [T, H], dweight [V, H]: see reference.py."""
+    (T, H), V = policy.hidden.shape, policy.num_classes
+    policy, ref = (call._replace(weight=dense(call.weight)) for call in (policy, ref))
     gradient = want_dhidden or want_dweight
-    kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    lse, ref_lse, factor = torch.empty_like(kl), torch.empty_like(kl), torch.empty_like(kl)
-    dhidden = hidden.new_empty(T if want_dhidden else 0, H)
-    dweight = WeightGradient(kernels.scaled_rows, sides.weight, want_dweight)
-    chunk_rows = None if exchange is None else SPLIT_ROWS
-    chunks = Chunks(hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET, rows=chunk_rows, overwrite=True)
-    state = torch.empty((5, chunks.rows), dtype=torch.float32, device=hidden.device)
+    kl = torch.empty(T, dtype=torch.float32, device=policy.hidden.device)
+    lse, ref_lse, logp, ref_logp, difference, factor = (torch.empty_like(kl) for _ in range(6))
+    top = torch.empty_like(kl, dtype=torch.int64)
+    dhidden = policy.hidden.new_empty(T if want_dhidden else 0, H)
+    dweight = WeightGradient(kernels.scaled_rows, policy.weight, want_dweight)
+    rows_each = None if exchange is None else SPLIT_ROWS
+    chunks = Chunks(
+        policy.hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET, rows=rows_each, overwrite=True
+    )
+    state = torch.empty((7, chunks.rows), dtype=torch.float32, device=kl.device)
     for rows in chunks.slices():
-        weights = None if row_weight is None else row_weight[rows]
-        outputs = kl[rows], lse[rows], ref_lse[rows]
+        mine, outputs = policy.rows(rows), tuple(values[rows] for values in (kl, lse, ref_lse, logp, ref_logp))
         for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block)
-            kernels.block(logits, weights, state, outputs, block.start == 0, block.stop == V, options)
+            logits = _logits(chunks, policy, ref, rows, block)
+            kernels.block(logits, mine, state, top[rows], outputs, block.start, block.stop == V)
         if exchange is not None:
             exchange(*outputs)
+        torch.sub(torch.expm1(outputs[3]), torch.expm1(outputs[4]), out=difference[rows])
         if not gradient:
             continue
         dz, whole = chunks.dz(rows), slice(0, V)
         logits = chunks.logits(rows, whole, 0), chunks.logits(rows, whole, 1)
-        kernels.gradient(logits, dz, 0, weights, lse[rows], ref_lse[rows], factor[rows], options, False)
+        kernels.gradient(
+            logits, dz, mine, 0, lse[rows], ref_lse[rows], top[rows], difference[rows], factor[rows], False
+        )
         if want_dhidden:
+            weights = mine.row_weight
             kept = torch.ones_like(kl[rows]) if weights is None else (weights != 0).float()
-            kernels.scaled_rows(chunks.times(dz, sides.weight), kept, dhidden[rows])
+            kernels.scaled_rows(chunks.times(dz, policy.weight), kept, dhidden[rows])
         if want_dweight:
-            dweight.add(dz, hidden[rows], factor[rows])
-    return kl, lse, ref_lse, dhidden, dweight.result()
-
-
-def forward_split(
-    kernels: RowKernels,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    exchange: Exchange,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kl, lse and ref_lse [T] of the whole vocabulary, and the part [T, H] of dhidden of this process's slice."""
-    return forward(
-        kernels, hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, True, False, exchange
-    )[:4]
+            dweight.add(dz, mine.hidden, factor[rows])
+    return kl, lse, ref_lse, top, difference, dhidden, dweight.result()
 
 
 def backward_weight(
     kernels: RowKernels,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
+    policy: Call,
+    ref: Call,
     lse: torch.Tensor,
     ref_lse: torch.Tensor,
-    row_grad: torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
+    pivot: torch.Tensor,
+    difference: torch.Tensor,
 ) -> torch.Tensor:
-    """Dweight [V, H]: the sum of row_grad_t * d kl_t; both logits are computed again."""
-    options = Options(softcap, logit_scale)
-    row_grad, scale = split_scale(row_grad, hidden.dtype)
-    sides = _Sides(hidden, dense(weight), ref_hidden, dense(ref_weight))
-    factor = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    dweight = WeightGradient(kernels.scaled_rows, sides.weight)
-    chunks = Chunks(hidden, weight.shape[0], gradient=True, buffers=2)
+    """Dweight [V, H]: the sum of row_weight_t * d kl_t; both logits are computed again."""
+    assert policy.row_weight is not None
+    row_grad, scale = split_scale(policy.row_weight, policy.hidden.dtype)
+    policy, ref = (call._replace(weight=dense(call.weight), row_weight=row_grad) for call in (policy, ref))
+    factor = torch.empty(policy.hidden.shape[0], dtype=torch.float32, device=policy.hidden.device)
+    dweight = WeightGradient(kernels.scaled_rows, policy.weight)
+    chunks = Chunks(policy.hidden, policy.num_classes, gradient=True, buffers=2)
     for rows in chunks.slices():
-        dz = chunks.dz(rows)
+        dz, mine = chunks.dz(rows), policy.rows(rows)
         for block in chunks.blocks():
-            logits = sides.logits(chunks, rows, block)
-            kernels.gradient(
-                logits, dz, block.start, row_grad[rows], lse[rows], ref_lse[rows], factor[rows], options, True
-            )
-        dweight.add(dz, hidden[rows], factor[rows])
+            logits = _logits(chunks, policy, ref, rows, block)
+            known = (lse[rows], ref_lse[rows], pivot[rows], difference[rows])
+            kernels.gradient(logits, dz, mine, block.start, *known, factor[rows], True)
+        dweight.add(dz, mine.hidden, factor[rows])
     return dweight.result(scale)
+
+
+def _logits(chunks: Chunks, policy: Call, ref: Call, rows: slice, block: slice) -> Pair:
+    pair = chunks.logits(rows, block, 0), chunks.logits(rows, block, 1)
+    for call, logits in zip((policy, ref), pair, strict=True):
+        mm_float32(call.hidden[rows], call.weight[block].T, logits)
+    return pair

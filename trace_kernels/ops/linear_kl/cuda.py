@@ -7,62 +7,59 @@ import functools
 import torch
 
 from trace_kernels.ops.linear_kl import chunked
-from trace_kernels.ops.linear_kl.chunked import Options, Pair, RowKernels
-from trace_kernels.runtime.cuda_backend import ELEMENTS, call
-from trace_kernels.runtime.native import address
+from trace_kernels.ops.linear_kl.chunked import Pair, RowKernels
+from trace_kernels.runtime.cuda_backend import call as run
+from trace_kernels.runtime.native import ELEMENTS, address
+from trace_kernels.shared.linear import Call
 from trace_kernels.shared.rows import scaled_rows
 
 
-def _pair(logits: Pair, weights: torch.Tensor | None, options: Options) -> tuple[float, ...]:
+def _pair(logits: Pair, call: Call, first: int) -> tuple[float, ...]:
     policy, reference = logits
     return (
         policy.data_ptr(),
         reference.data_ptr(),
         *policy.shape,
         policy.stride(0),
-        address(weights),
-        *options.numbers,
+        first,
+        address(call.row_weight),
+        *call.numbers,
     )
 
 
 def _block(
     logits: Pair,
-    weights: torch.Tensor | None,
+    call: Call,
     state: torch.Tensor,
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    first: bool,
+    top: torch.Tensor,
+    outputs: tuple[torch.Tensor, ...],
+    first: int,
     last: bool,
-    options: Options,
 ) -> None:
-    addresses = (row.data_ptr() for row in (*state, *outputs))
-    call("linear_kl_block_cuda", state.device, *_pair(logits, weights, options), *addresses, first, last)
+    addresses = (row.data_ptr() for row in (*state, top, *outputs))
+    run("linear_kl_block_cuda", state.device, *_pair(logits, call, first), *addresses, last)
 
 
 def _gradient(
     logits: Pair,
     dz: torch.Tensor,
+    call: Call,
     first: int,
-    weights: torch.Tensor | None,
     lse: torch.Tensor,
     ref_lse: torch.Tensor,
+    pivot: torch.Tensor,
+    difference: torch.Tensor,
     factor: torch.Tensor,
-    options: Options,
     cached: bool,
 ) -> None:
-    call(
-        "linear_kl_gradient_cuda",
-        dz.device,
-        *_pair(logits, weights, options),
-        dz[:, first:].data_ptr(),
-        ELEMENTS[dz.dtype],
-        dz.stride(0),
-        lse.data_ptr(),
-        ref_lse.data_ptr(),
-        factor.data_ptr(),
-    )
+    addresses = (row.data_ptr() for row in (lse, ref_lse, pivot, difference, factor))
+    begin = dz[:, first:].data_ptr()
+    run(
+        "linear_kl_gradient_cuda", dz.device, *_pair(logits, call, first), begin, ELEMENTS[dz.dtype], dz.stride(0),
+        *addresses,
+    )  # fmt: skip
 
 
 KERNELS = RowKernels(_block, _gradient, scaled_rows)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)
-forward_split = functools.partial(chunked.forward_split, KERNELS)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from trace_kernels.ops.linear_cross_entropy.log_prob import backends as log_prob_backends
-from trace_kernels.ops.linear_cross_entropy.log_prob import needs_gradient
 from trace_kernels.ops.linear_kl import cuda, native, reference
 from trace_kernels.runtime import cuda_backend, triton_backend, validate
 from trace_kernels.runtime.backends import OpBackends
 from trace_kernels.shared import losses, vocabulary
+from trace_kernels.shared.linear import Call, needs_gradient
+from trace_kernels.shared.softmax import softplus
 
 # A backend's ``refuse`` gets (hidden [T, H], weight [V, H], ref_hidden [T, R], ref_weight [V, R]); its functions have
-# the arguments of reference.py. The matrices may have any strides, the reference's a dtype of their own; row_weight,
-# lse, ref_lse and row_grad are contiguous and of the compute dtype.
+# the arguments of reference.py: a `Call` of the policy, which has the weights of the rows, and one of the reference.
 backends = OpBackends("linear_kl")
-backends.register(
-    "reference",
-    forward=reference.forward,
-    forward_split=reference.forward_split,
-    backward_weight=reference.backward_weight,
-)
+backends.register("reference", forward=reference.forward, backward_weight=reference.backward_weight)
 backends.register(
     "cpu",
     unavailable=native.cpu_unavailable,
@@ -30,8 +25,8 @@ backends.register(
     forward=native.forward_cpu,
     backward_weight=native.backward_weight_cpu,
 )
-triton_backend.register(backends, __package__, "forward", "forward_split", "backward_weight")
-cuda_backend.register(backends, cuda, "forward", "forward_split", "backward_weight")
+triton_backend.register(backends, __package__, "forward", "backward_weight")
+cuda_backend.register(backends, cuda, "forward", "backward_weight")
 
 
 def linear_kl(
@@ -118,8 +113,7 @@ def linear_kl(
         validate.check_shape("mask", mask, leading, "the leading shape of hidden")
         validate.check_device("mask", mask, hidden.device, "hidden")
     losses.check_logits(softcap, logit_scale)
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        validate.check_no_tangent(name, tensor, "the losses")
+    losses.check_no_tangents(hidden=hidden, weight=weight)
 
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
     ref_hidden, ref_weight = losses.autocast(ref_hidden.detach()), losses.autocast(ref_weight.detach())
@@ -128,7 +122,7 @@ def linear_kl(
     dtype = losses.compute_dtype(hidden.dtype)
     num_rows = leading.numel()
     rows = hidden.reshape(num_rows, hidden.shape[-1])
-    ref_rows = ref_hidden.reshape(num_rows, ref_hidden.shape[-1])
+    matrices = (rows, weight, ref_hidden.reshape(num_rows, ref_hidden.shape[-1]), ref_weight)
     options = (None if softcap is None else float(softcap), float(logit_scale))
     counted = hidden.new_ones(num_rows, dtype=torch.bool) if mask is None else mask.reshape(-1)
     in_mask = None if mask is None else counted.to(dtype)
@@ -137,17 +131,28 @@ def linear_kl(
         coefficients = weighting.coefficients()
         coefficients = in_mask if coefficients is None else coefficients
         wanted = (needs_gradient(rows), needs_gradient(weight))
-        total: torch.Tensor = linear_kl_sum(
-            rows, weight, ref_rows, ref_weight, coefficients, *options, *wanted, backend
-        )[0]
+        total: torch.Tensor = linear_kl_sum(*matrices, coefficients, *options, *wanted, backend)[0]
         losses.lend_stash(total)
         return total
     # A weight that needs a gradient needs its token's loss, also when it is 0.
     row_weight = weighting.rows if weighting.known and weighting.rows is not None else in_mask
-    arguments = (rows, weight, ref_rows, ref_weight, row_weight, *options, needs_gradient(rows), backend)
-    kl = (linear_kl_op(*arguments) if group_name is None else linear_kl_split(*arguments, group_name))[0]
+    kl = linear_kl_op(*matrices, row_weight, *options, group_name, needs_gradient(rows), backend)[0]
     loss = weighting.reduce(kl)
     return loss.view(leading) if reduction == "none" else loss
+
+
+def _calls(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Call, Call]:
+    """Of the policy and of the reference; there is no target."""
+    policy = Call(hidden, weight, None, None, row_weight, 0, softcap, logit_scale)
+    return policy, policy._replace(hidden=ref_hidden, weight=ref_weight)
 
 
 @torch.library.custom_op("trace_kernels::linear_kl", mutates_args=())
@@ -159,52 +164,70 @@ def linear_kl_op(
     row_weight: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    group_name: str | None,
     want_dhidden: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kl, lse, ref_lse, pivot and difference [T], see reference.py, and dhidden [T, H]."""
+    calls = _calls(hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
         functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
-        kl, lse, ref_lse, dhidden, _ = functions.forward(
-            hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, want_dhidden, False
-        )
-    return kl, lse, ref_lse, dhidden
+        exchange = None if group_name is None else functools.partial(_exchange, group_name)
+        *rows, dhidden, _ = functions.forward(*calls, want_dhidden, False, exchange)
+    return *rows, dhidden
+
+
+def _exchange(
+    group_name: str,
+    kl: torch.Tensor,
+    lse: torch.Tensor,
+    ref_lse: torch.Tensor,
+    logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+) -> None:
+    """Makes those of the whole vocabulary out of those of a slice.
+
+    With a and b the slice's shares of the policy's and the reference's probability, kl is the sum over slices of
+    ``b * (kl_r + log(b / a))``. A log-probability falls by that of the slice. A share of nearly 1 keeps its digits.
+    """
+    parts = vocabulary.gathered(torch.stack([kl, lse, ref_lse]), group_name)
+    log_share, log_ref_share = (
+        torch.stack([-softplus(vocabulary.others(all_lse, rank) - all_lse[rank]) for rank in range(len(all_lse))])
+        for all_lse in (parts[:, 1], parts[:, 2])
+    )
+    ref_share = log_ref_share.exp()
+    terms = ref_share * (parts[:, 0] + log_ref_share - log_share)
+    kl.copy_(torch.where(ref_share == 0, 0, terms).sum(dim=0))
+    rank = vocabulary.rank_in(group_name)
+    logp += log_share[rank]
+    ref_logp += log_ref_share[rank]
+    lse.copy_(torch.logsumexp(parts[:, 1], dim=0))
+    ref_lse.copy_(torch.logsumexp(parts[:, 2], dim=0))
 
 
 @linear_kl_op.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> Any:
+    *_, want_dhidden, _ = others
     num_rows, width = hidden.shape
     kl = hidden.new_empty(num_rows, dtype=losses.compute_dtype(hidden.dtype))
     dhidden = hidden.new_empty(num_rows if want_dhidden else 0, width)
-    return kl, torch.empty_like(kl), torch.empty_like(kl), dhidden
+    pivot = kl.new_empty(num_rows, dtype=torch.int64)
+    return kl, torch.empty_like(kl), torch.empty_like(kl), pivot, torch.empty_like(kl), dhidden
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.group_name = None
-    _save(ctx, inputs, output)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *matrices, row_weight, ctx.softcap, ctx.logit_scale, _, ctx.backend = inputs
-    kl, lse, ref_lse, dhidden = output
-    ctx.mark_non_differentiable(lse, ref_lse, dhidden)
+    *matrices, row_weight, softcap, logit_scale, ctx.group_name, _, ctx.backend = inputs
+    ctx.options = (softcap, logit_scale)
+    kl, *rows, dhidden = output
+    ctx.mark_non_differentiable(*rows, dhidden)
     ctx.set_materialize_grads(False)
-    recompute = [*matrices, lse, ref_lse] if ctx.needs_input_grad[1] else []
+    recompute = [*matrices, *rows] if ctx.needs_input_grad[1] else []
     ctx.save_for_backward(kl, dhidden, row_weight, *recompute)
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
     kl, dhidden, row_weight, *recompute = ctx.saved_tensors
-    grads: list[torch.Tensor | None] = [None] * (9 if ctx.group_name is None else 10)
+    grads: list[torch.Tensor | None] = [None] * 10
     if grad is not None:
         if row_weight is not None:
             grad = torch.where(row_weight == 0, 0, grad)
@@ -214,92 +237,11 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
             if ctx.group_name is not None:
                 grads[0] = vocabulary.sum_over_group(grads[0], ctx.group_name)
         if recompute:
-            grads[1] = linear_kl_backward_weight(*recompute, grad, ctx.softcap, ctx.logit_scale, ctx.backend)
+            grads[1] = linear_kl_backward_weight(*recompute[:4], grad, *ctx.options, *recompute[4:], ctx.backend)
     return tuple(grads)
 
 
 linear_kl_op.register_autograd(_backward, setup_context=_setup)
-
-
-@torch.library.custom_op("trace_kernels::linear_kl_split", mutates_args=())
-def linear_kl_split(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    backend: str,
-    group_name: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`linear_kl_op` where both weights are this process's slices.
-
-    With a and b the slice's shares of the policy's and the reference's probability, kl is the sum over slices of
-    ``b * (kl_r + log(b / a))``. The gradient needs the sums of the whole vocabulary: a backend with ``forward_split``
-    asks for them after each chunk of rows. For another one it is ``b * dkl_r + (a - b) * dlse_r``, whose second term
-    costs a further pass over the policy's slice and a product.
-    """
-
-    def exchange(kl: torch.Tensor, lse: torch.Tensor, ref_lse: torch.Tensor) -> None:
-        parts = vocabulary.gathered(torch.stack([kl, lse, ref_lse]), group_name)
-        total, ref_total = torch.logsumexp(parts[:, 1], dim=0), torch.logsumexp(parts[:, 2], dim=0)
-        log_share, log_ref_share = parts[:, 1] - total, parts[:, 2] - ref_total
-        ref_share = log_ref_share.exp()
-        terms = ref_share * (parts[:, 0] + log_ref_share - log_share)
-        kl.copy_(torch.where(ref_share == 0, 0, terms).sum(dim=0))
-        lse.copy_(total)
-        ref_lse.copy_(ref_total)
-
-    matrices = (hidden, weight, ref_hidden, ref_weight)
-    with losses.without_autocast(hidden.device):
-        functions = backends.select(backend, hidden.device, *matrices)
-        options = (row_weight, softcap, logit_scale)
-        if want_dhidden and hasattr(functions, "forward_split"):
-            kl, lse, ref_lse, dhidden = functions.forward_split(*matrices, *options, exchange)
-        else:
-            kl, lse, ref_lse, dhidden, _ = functions.forward(*matrices, *options, want_dhidden, False)
-            mine, ref_mine = lse.clone(), ref_lse.clone()
-            exchange(kl, lse, ref_lse)
-            if want_dhidden:
-                a, b = torch.exp(mine - lse), torch.exp(ref_mine - ref_lse)
-                target = torch.full_like(lse, losses.NO_LABEL, dtype=torch.int64)
-                log_prob = log_prob_backends.select(backend, hidden.device, hidden, weight, None)
-                minus_dlse = log_prob.forward(
-                    hidden, weight, None, target, row_weight, vocabulary.IGNORED, softcap, logit_scale, True, False
-                )[2]
-                corrected = torch.addcmul(dhidden * b[:, None], minus_dlse.to(lse.dtype), (b - a)[:, None])
-                dhidden = corrected.to(hidden.dtype)
-        if row_weight is not None:
-            kl, lse, ref_lse = (rows.masked_fill(row_weight == 0, 0) for rows in (kl, lse, ref_lse))
-    return kl, lse, ref_lse, dhidden
-
-
-@linear_kl_split.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    backend: str,
-    group_name: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_rows, width = hidden.shape
-    kl = hidden.new_empty(num_rows, dtype=losses.compute_dtype(hidden.dtype))
-    return kl, torch.empty_like(kl), torch.empty_like(kl), hidden.new_empty(num_rows if want_dhidden else 0, width)
-
-
-def _setup_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *usual, ctx.group_name = inputs
-    _save(ctx, tuple(usual), output)
-
-
-linear_kl_split.register_autograd(_backward, setup_context=_setup_split)
 
 
 @torch.library.custom_op("trace_kernels::linear_kl_backward_weight", mutates_args=())
@@ -308,34 +250,25 @@ def linear_kl_backward_weight(
     weight: torch.Tensor,
     ref_hidden: torch.Tensor,
     ref_weight: torch.Tensor,
-    lse: torch.Tensor,
-    ref_lse: torch.Tensor,
     row_grad: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
+    lse: torch.Tensor,
+    ref_lse: torch.Tensor,
+    pivot: torch.Tensor,
+    difference: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
+    """Dweight [V, H]: the sum of row_grad_t * d kl_t; rows with row_grad 0 are dropped."""
+    calls = _calls(hidden, weight, ref_hidden, ref_weight, row_grad, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
         functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
-        dweight: torch.Tensor = functions.backward_weight(
-            hidden, weight, ref_hidden, ref_weight, lse, ref_lse, row_grad, softcap, logit_scale
-        )
+        dweight: torch.Tensor = functions.backward_weight(*calls, lse, ref_lse, pivot, difference)
     return dweight
 
 
 @linear_kl_backward_weight.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    lse: torch.Tensor,
-    ref_lse: torch.Tensor,
-    row_grad: torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-) -> torch.Tensor:
+def _(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -356,27 +289,16 @@ def linear_kl_sum(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of row_weight_t * kl_t; the weights are constants, so both gradients are formed at once."""
+    calls = _calls(hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
         functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
-        kl, _, _, dhidden, dweight = functions.forward(
-            hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, want_dhidden, want_dweight
-        )
+        kl, *_, dhidden, dweight = functions.forward(*calls, want_dhidden, want_dweight, None)
     return (kl if row_weight is None else kl * row_weight).sum(), dhidden, dweight
 
 
 @linear_kl_sum.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *_, want_dhidden, want_dweight, _ = others
     num_rows, width = hidden.shape
     return (
         hidden.new_empty((), dtype=losses.compute_dtype(hidden.dtype)),

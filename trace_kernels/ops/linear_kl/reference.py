@@ -1,4 +1,8 @@
-"""The definition of `linear_kl`, in plain torch. It materialises both [T, V] logits."""
+"""The definition of `linear_kl`, in plain torch. It materialises both [T, V] logits.
+
+Where both models are sure of one class, ``p - q`` is a difference of nearly equal numbers there. It is formed from what
+they leave to all others instead, at one class per row, the `pivot`: the reference's largest.
+"""
 
 from __future__ import annotations
 
@@ -6,99 +10,89 @@ from collections.abc import Callable
 
 import torch
 
-from trace_kernels.ops.cross_entropy.reference import transform, untransform
-from trace_kernels.ops.linear_cross_entropy.reference import weight_gradients
+from trace_kernels.shared.linear import Call
 from trace_kernels.shared.losses import compute_dtype
+from trace_kernels.shared.softmax import log_prob, slope, softmax, transform
+
+#: (kl, lse, ref_lse, and the pivot's log-probabilities) of rows [T], which it changes in place from those of a slice of
+#: the vocabulary to those of the whole one.
+Exchange = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    want_dhidden: bool,
-    want_dweight: bool,
-    exchange: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kl [T], lse [T], ref_lse [T], dhidden [T, H], dweight [V, H]; those not wanted are empty.
+    policy: Call, ref: Call, want_dhidden: bool, want_dweight: bool, exchange: Exchange | None
+) -> tuple[torch.Tensor, ...]:
+    """Kl, lse, ref_lse, pivot and difference [T], dhidden [T, H], dweight [V, H]; those not wanted are empty.
 
-    dhidden_t is d kl_t / d hidden_t; dweight is the sum of row_weight_t * d kl_t (all ones when None). With `exchange`
-    the weights are slices: it makes kl and both logsumexps those of the whole vocabulary, in place.
+    pivot: int64, NO_LABEL for none; difference: p - q there. dhidden_t is d kl_t / d hidden_t; dweight is the sum of
+    row_weight_t * d kl_t. With `exchange` the weights are slices of the vocabulary.
     """
-    dtype = compute_dtype(hidden.dtype)
-    dropped = hidden.new_zeros(hidden.shape[0], dtype=torch.bool) if row_weight is None else row_weight == 0
-    x, w, z = _logits(hidden, weight, dropped, softcap, logit_scale, dtype)
-    _, _, ref_z = _logits(ref_hidden, ref_weight, dropped, softcap, logit_scale, dtype)
-    lse, ref_lse = torch.logsumexp(z, dim=1), torch.logsumexp(ref_z, dim=1)
-    log_p, log_q = z - lse[:, None], ref_z - ref_lse[:, None]
+    kept = policy.kept()
+    x, w, logits, z = _logits(policy, kept, compute_dtype(policy.hidden.dtype))
+    _, _, _, ref_z = _logits(ref, kept, compute_dtype(policy.hidden.dtype))
+    rows, ref_rows = softmax(z), softmax(ref_z)
+    pivot = ref_rows.top
+    at = pivot[:, None]
+    logp, ref_logp = log_prob(z, at, rows)[:, 0], ref_rows.top_logp.clone()
+    log_p = (z - rows.lse[:, None]).scatter(1, at, logp[:, None])
+    log_q = (ref_z - ref_rows.lse[:, None]).scatter(1, at, ref_logp[:, None])
     q = log_q.exp()
     # 0 * log 0 is 0, and a class that both rule out has no log-ratio at all.
     kl = torch.where(q == 0, 0, q * (log_q - log_p)).sum(dim=1)
+    lse, ref_lse = rows.lse, ref_rows.lse
     if exchange is not None:
-        exchange(kl, lse, ref_lse)
-        log_p, q = z - lse[:, None], (ref_z - ref_lse[:, None]).exp()
+        exchange(kl, lse, ref_lse, logp, ref_logp)
+    difference = torch.expm1(logp) - torch.expm1(ref_logp)
     dhidden, dweight = x.new_empty(0, x.shape[1]), x.new_empty(0, x.shape[1])
     if want_dhidden or want_dweight:
-        dlogits = untransform(log_p.exp() - q, z, softcap, logit_scale).masked_fill_(dropped[:, None], 0)
+        dlogits = _dz(z, ref_z, lse, ref_lse, pivot, difference) * slope(logits, policy.softcap, policy.logit_scale)
+        dlogits.masked_fill_(~kept[:, None], 0)
         if want_dhidden:
-            dhidden = (dlogits @ w).masked_fill_(dropped[:, None], 0)
+            dhidden = (dlogits @ w).masked_fill_(~kept[:, None], 0)
         if want_dweight:
-            dweight, _ = weight_gradients(dlogits if row_weight is None else dlogits * row_weight[:, None], x)
+            dweight = (dlogits if policy.row_weight is None else dlogits * policy.row_weight[:, None]).T @ x
     return (
-        kl.masked_fill(dropped, 0),
-        lse.masked_fill(dropped, 0),
-        ref_lse.masked_fill(dropped, 0),
-        dhidden.to(hidden.dtype),
-        dweight.to(weight.dtype),
+        *(values.masked_fill(~kept, 0) for values in (kl, lse, ref_lse, pivot, difference)),
+        dhidden.to(policy.hidden.dtype),
+        dweight.to(policy.weight.dtype),
     )
 
 
-def forward_split(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    exchange: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kl, lse and ref_lse [T] of the whole vocabulary, and the part [T, H] of dhidden of this process's slice."""
-    return forward(hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale, True, False, exchange)[:4]
-
-
 def backward_weight(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
+    policy: Call,
+    ref: Call,
     lse: torch.Tensor,
     ref_lse: torch.Tensor,
-    row_grad: torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
+    pivot: torch.Tensor,
+    difference: torch.Tensor,
 ) -> torch.Tensor:
-    """Dweight [V, H]: the sum of row_grad_t * d kl_t; rows with row_grad 0 are dropped."""
-    dtype = compute_dtype(hidden.dtype)
-    dropped = row_grad == 0
-    x, _, z = _logits(hidden, weight, dropped, softcap, logit_scale, dtype)
-    _, _, ref_z = _logits(ref_hidden, ref_weight, dropped, softcap, logit_scale, dtype)
+    """Dweight [V, H]: the sum of row_weight_t * d kl_t."""
+    assert policy.row_weight is not None
+    kept = policy.kept()
+    x, _, logits, z = _logits(policy, kept, compute_dtype(policy.hidden.dtype))
+    _, _, _, ref_z = _logits(ref, kept, compute_dtype(policy.hidden.dtype))
+    dz = _dz(z, ref_z, lse, ref_lse, pivot, difference) * policy.row_weight[:, None]
+    dlogits = (dz * slope(logits, policy.softcap, policy.logit_scale)).masked_fill_(~kept[:, None], 0)
+    return (dlogits.T @ x).to(policy.weight.dtype)
+
+
+def _dz(
+    z: torch.Tensor,
+    ref_z: torch.Tensor,
+    lse: torch.Tensor,
+    ref_lse: torch.Tensor,
+    pivot: torch.Tensor,
+    difference: torch.Tensor,
+) -> torch.Tensor:
     dz = (z - lse[:, None]).exp() - (ref_z - ref_lse[:, None]).exp()
-    dlogits = untransform(dz * row_grad[:, None], z, softcap, logit_scale).masked_fill_(dropped[:, None], 0)
-    return weight_gradients(dlogits, x)[0].to(weight.dtype)
+    at, valid = pivot.clamp(min=0)[:, None], (pivot >= 0)[:, None]
+    return dz.scatter(1, at, torch.where(valid, difference[:, None], dz.gather(1, at)))
 
 
 def _logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    dropped: torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both factors and the logits, in `dtype`. Dropped rows become 0: what they hold stays out of every sum."""
-    x, w = hidden.to(dtype).masked_fill(dropped[:, None], 0), weight.to(dtype)
-    return x, w, transform(x @ w.T, softcap, logit_scale)
+    call: Call, kept: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both factors, raw logits and logits, in `dtype`. Dropped rows become 0: they stay out of every sum."""
+    x, w = call.hidden.to(dtype).masked_fill(~kept[:, None], 0), call.weight.to(dtype)
+    logits = x @ w.T
+    return x, w, logits, transform(logits, call.softcap, call.logit_scale)

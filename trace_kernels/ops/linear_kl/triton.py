@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from trace_kernels.ops.linear_kl import chunked
-from trace_kernels.ops.linear_kl.chunked import Options, Pair, RowKernels
+from trace_kernels.ops.linear_kl.chunked import Pair, RowKernels
+from trace_kernels.shared.linear import Call
 from trace_kernels.shared.triton_common import (
     LOWEST,
-    combined,
     launch,
-    online_softmax,
+    log1p,
     scaled_rows,
     store_rounded,
     tile,
@@ -44,15 +44,17 @@ def load_pair(policy, reference, columns, inside, softcap, logit_scale, HAS_SOFT
 
 @triton.jit
 def block_kernel(
-    policy, reference, row_weight, maximum, total, ref_maximum, ref_total, gap, kl, lse, ref_lse,
-    width, stride, softcap, logit_scale,
+    policy, reference, row_weight, maximum, total, ref_maximum, ref_total, gap, pivot, ref_pivot, top,
+    kl, lse, ref_lse, logp, ref_logp,
+    first, width, stride, softcap, logit_scale,
     HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Add a block to each row's sums; the last block makes kl and both logsumexps of them, 0 in dropped rows.
+    """Add a block to each row's sums; the last block makes the outputs of them, 0 in dropped rows.
 
-    A row's state is maximum and sum of exponentials of both sides, and `gap`, the sum of
-    ``exp(y - ref_maximum) * (y - x)`` with y the reference's logits and x the policy's.
+    A row's state is the pivot, which is the reference's largest class `top`, and of all others maximum and sum of
+    exponentials of both sides and `gap`, the sum of ``exp(y - ref_maximum) * ((y - ref_maximum) - (x - maximum))`` with
+    y the reference's logits and x the policy's. Where both are sure of the pivot, the others' sums are what is left.
     """
     row = tl.program_id(0).to(tl.int64)
     kept = True
@@ -62,55 +64,107 @@ def block_kernel(
     reference += row * stride
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     if kept:
-        lane_maximum = tl.full([LANES], LOWEST, tl.float32)
-        lane_ref_maximum = tl.full([LANES], LOWEST, tl.float32)
+        if FIRST:
+            top_x = tl.full([], LOWEST, tl.float32)
+            top_y = tl.full([], LOWEST, tl.float32)
+            top_class = tl.full([], -1, tl.int64)
+            largest = tl.full([], LOWEST, tl.float32)
+            ref_largest = tl.full([], LOWEST, tl.float32)
+            sum_before = tl.zeros([], tl.float32)
+            ref_sum_before = tl.zeros([], tl.float32)
+            gap_before = tl.zeros([], tl.float32)
+        else:
+            top_x = tl.load(pivot + row)
+            top_y = tl.load(ref_pivot + row)
+            top_class = tl.load(top + row)
+            largest = tl.load(maximum + row)
+            ref_largest = tl.load(ref_maximum + row)
+            sum_before = tl.load(total + row)
+            ref_sum_before = tl.load(ref_total + row)
+            gap_before = tl.load(gap + row)
         lane_total = tl.zeros([LANES], tl.float32)
         lane_ref_total = tl.zeros([LANES], tl.float32)
         lane_gap = tl.zeros([LANES], tl.float32)
         for start in range(0, width, LANES * VEC):
             inside = start + columns < width
             x, y, _ = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
-            lane_maximum, lane_total = online_softmax(lane_maximum, lane_total, x)
-            larger = tl.maximum(lane_ref_maximum, tl.max(y, axis=1))
-            rescale = tl.exp(lane_ref_maximum - larger)
-            exponential = tl.exp(y - larger[:, None])
-            lane_ref_total = lane_ref_total * rescale + tl.sum(exponential, axis=1)
+            best = tl.max(tl.max(x, axis=1), axis=0)
+            ref_best = tl.max(tl.max(y, axis=1), axis=0)
+            if (best > largest) | (ref_best > ref_largest):
+                larger = tl.maximum(best, largest)
+                ref_larger = tl.maximum(ref_best, ref_largest)
+                shrink = tl.exp(largest - larger)
+                ref_shrink = tl.exp(ref_largest - ref_larger)
+                # From the old maxima to the new ones, of which the first is none.
+                shift = (ref_largest - ref_larger) - (largest - larger)
+                lane_gap = ref_shrink * (lane_gap + tl.where(lane_ref_total == 0.0, 0.0, lane_ref_total * shift))
+                gap_before = ref_shrink * (gap_before + tl.where(ref_sum_before == 0.0, 0.0, ref_sum_before * shift))
+                lane_total *= shrink
+                sum_before *= shrink
+                lane_ref_total *= ref_shrink
+                ref_sum_before *= ref_shrink
+                largest = larger
+                ref_largest = ref_larger
+            if ref_best > top_y:
+                # The pivot so far joins the others.
+                if top_class >= 0:
+                    joining = tl.exp(top_y - ref_largest)
+                    sum_before += tl.exp(top_x - largest)
+                    ref_sum_before += joining
+                    gap_before += tl.where(joining == 0.0, 0.0, joining * ((top_y - ref_largest) - (top_x - largest)))
+                place = tl.min(tl.min(tl.where(y == ref_best, columns, LANES * VEC), axis=1), axis=0)
+                top_y = ref_best
+                top_x = tl.sum(tl.sum(tl.where(columns == place, x, 0.0), axis=1), axis=0)
+                top_class = (first + start + place).to(tl.int64)
+            other = first + start + columns != top_class
+            exponential = tl.where(other, tl.exp(y - ref_largest), 0.0)
+            lane_total += tl.sum(tl.where(other, tl.exp(x - largest), 0.0), axis=1)
+            lane_ref_total += tl.sum(exponential, axis=1)
             # What the reference excludes adds nothing, also where the policy excludes it too.
-            lane_gap = lane_gap * rescale + tl.sum(tl.where(exponential == 0.0, 0.0, exponential * (y - x)), axis=1)
-            lane_ref_maximum = larger
-        top, exponentials = combined(lane_maximum, lane_total)
-        ref_top, ref_exponentials = combined(lane_ref_maximum, lane_ref_total)
-        gap_sum = tl.sum(lane_gap * tl.exp(lane_ref_maximum - ref_top), axis=0)
-        if not FIRST:
-            before = tl.load(maximum + row)
-            larger = tl.maximum(before, top)
-            exponentials = exponentials * tl.exp(top - larger) + tl.load(total + row) * tl.exp(before - larger)
-            top = larger
-            before = tl.load(ref_maximum + row)
-            larger = tl.maximum(before, ref_top)
-            here, there = tl.exp(ref_top - larger), tl.exp(before - larger)
-            ref_exponentials = ref_exponentials * here + tl.load(ref_total + row) * there
-            gap_sum = gap_sum * here + tl.load(gap + row) * there
-            ref_top = larger
+            difference = (y - ref_largest) - (x - largest)
+            lane_gap += tl.sum(tl.where(exponential == 0.0, 0.0, exponential * difference), axis=1)
+        others = sum_before + tl.sum(lane_total, axis=0)
+        ref_others = ref_sum_before + tl.sum(lane_ref_total, axis=0)
+        gaps = gap_before + tl.sum(lane_gap, axis=0)
         if LAST:
-            tl.store(kl + row, gap_sum / ref_exponentials + (top - ref_top) + tl.log(exponentials / ref_exponentials))
-            tl.store(lse + row, top + tl.log(exponentials))
-            tl.store(ref_lse + row, ref_top + tl.log(ref_exponentials))
+            # Relative to the pivot: what it leaves to the others, on both sides.
+            own, ref_own = tl.exp(top_x - largest), tl.exp(top_y - ref_largest)
+            everything = others + own
+            log_p = tl.where(
+                own > others, -log1p(others / tl.where(own > others, own, 1.0)), (top_x - largest) - tl.log(everything)
+            )
+            log_q = -log1p(ref_others / ref_own)
+            log_p = tl.where(top_class < 0, float("nan"), log_p)
+            log_total = tl.where(own > others, (top_x - largest) - log_p, tl.log(everything))
+            log_ref_total = (top_y - ref_largest) - log_q
+            left = gaps + tl.where(ref_others == 0.0, 0.0, ref_others * (log_total - log_ref_total))
+            at_pivot = tl.exp(log_q) * (log_q - log_p)
+            tl.store(kl + row, left / (ref_others + ref_own) + at_pivot)
+            tl.store(lse + row, largest + log_total)
+            tl.store(ref_lse + row, ref_largest + log_ref_total)
+            tl.store(logp + row, log_p)
+            tl.store(ref_logp + row, log_q)
         else:
-            tl.store(maximum + row, top)
-            tl.store(total + row, exponentials)
-            tl.store(ref_maximum + row, ref_top)
-            tl.store(ref_total + row, ref_exponentials)
-            tl.store(gap + row, gap_sum)
+            tl.store(maximum + row, largest)
+            tl.store(total + row, others)
+            tl.store(ref_maximum + row, ref_largest)
+            tl.store(ref_total + row, ref_others)
+            tl.store(gap + row, gaps)
+            tl.store(pivot + row, top_x)
+            tl.store(ref_pivot + row, top_y)
+        tl.store(top + row, top_class)
     elif LAST:
         tl.store(kl + row, 0.0)
         tl.store(lse + row, 0.0)
         tl.store(ref_lse + row, 0.0)
+        tl.store(logp + row, 0.0)
+        tl.store(ref_logp + row, 0.0)
+        tl.store(top + row, tl.zeros([], tl.int64))
 
 
 @triton.jit
 def gradient_kernel(
-    policy, reference, dz, row_weight, lse, ref_lse, factor,
+    policy, reference, dz, row_weight, lse, ref_lse, pivot, at_pivot, factor,
     first, width, stride, stride_dz, softcap, logit_scale,
     HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -130,10 +184,12 @@ def gradient_kernel(
     if weight != 0.0:
         normalizer = tl.load(lse + row)
         ref_normalizer = tl.load(ref_lse + row)
+        place = tl.load(pivot + row) - first
         for start in range(0, width, LANES * VEC):
             inside = start + columns < width
             x, y, derivative = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
             dx = tl.exp(x - normalizer) - tl.exp(y - ref_normalizer)
+            dx = tl.where(start + columns == place, tl.load(at_pivot + row), dx)
             tl.debug_barrier()  # all have read the tile, which dz may overwrite
             store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
     else:
@@ -142,20 +198,20 @@ def gradient_kernel(
 
 def _block(
     logits: Pair,
-    weights: torch.Tensor | None,
+    call: Call,
     state: torch.Tensor,
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    first: bool,
+    top: torch.Tensor,
+    outputs: tuple[torch.Tensor, ...],
+    first: int,
     last: bool,
-    options: Options,
 ) -> None:
     (R, width), stride = logits[0].shape, logits[0].stride(0)
     lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
     launch(
         block_kernel, (R,),
-        *logits, weights, *state, *outputs, width, stride, *options.numbers,
+        *logits, call.row_weight, *state, top, *outputs, first, width, stride, *call.numbers,
         num_warps=WARPS, bytes=8 * R * width, cached=8 * R * width,
-        HAS_WEIGHT=weights is not None, HAS_SOFTCAP=options.has_softcap, FIRST=first, LAST=last,
+        HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None, FIRST=first == 0, LAST=last,
         LANES=lanes, VEC=vector,
     )  # fmt: skip
 
@@ -163,25 +219,26 @@ def _block(
 def _gradient(
     logits: Pair,
     dz: torch.Tensor,
+    call: Call,
     first: int,
-    weights: torch.Tensor | None,
     lse: torch.Tensor,
     ref_lse: torch.Tensor,
+    pivot: torch.Tensor,
+    difference: torch.Tensor,
     factor: torch.Tensor,
-    options: Options,
     cached: bool,
 ) -> None:
     R, width = logits[0].shape
     lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
     launch(
         gradient_kernel, (R,),
-        *logits, dz, weights, lse, ref_lse, factor, first, width, logits[0].stride(0), dz.stride(0), *options.numbers,
+        *logits, dz, call.row_weight, lse, ref_lse, pivot, difference, factor,
+        first, width, logits[0].stride(0), dz.stride(0), *call.numbers,
         num_warps=WARPS, bytes=R * width * (8 + dz.element_size()), cached=8 * R * width if cached else 0,
-        HAS_WEIGHT=weights is not None, HAS_SOFTCAP=options.has_softcap, LANES=lanes, VEC=vector,
+        HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None, LANES=lanes, VEC=vector,
     )  # fmt: skip
 
 
 KERNELS = RowKernels(_block, _gradient, scaled_rows)
 forward = functools.partial(chunked.forward, KERNELS)
 backward_weight = functools.partial(chunked.backward_weight, KERNELS)
-forward_split = functools.partial(chunked.forward_split, KERNELS)

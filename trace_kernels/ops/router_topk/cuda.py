@@ -7,8 +7,8 @@ import torch
 from trace_kernels.ops.router_topk.native import prepared
 from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
-from trace_kernels.runtime.cuda_backend import ELEMENTS, call, most_blocks
-from trace_kernels.runtime.native import address
+from trace_kernels.runtime.cuda_backend import call, most_blocks
+from trace_kernels.runtime.native import ELEMENTS, address
 
 #: What a warp holds in registers (csrc/ops/router_topk/cuda.cu).
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64

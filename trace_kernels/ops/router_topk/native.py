@@ -10,7 +10,7 @@ from trace_kernels.ops.router_topk.reference import Outputs
 from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
 from trace_kernels.runtime import native as compiled
 from trace_kernels.runtime import validate
-from trace_kernels.runtime.native import address, native, num_threads
+from trace_kernels.runtime.native import ELEMENTS, address, native, num_threads
 
 __all__ = ["backward_cpu", "cpu_unavailable", "forward_cpu", "refuse_cpu"]
 
@@ -18,15 +18,13 @@ cpu_unavailable = functools.partial(
     compiled.cpu_unavailable, "router_topk_backward_cpu", "router_topk_cpu", "router_topk_first_wrong"
 )
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 def refuse_cpu(logits: torch.Tensor, rule: Rule, weights_dtype: torch.dtype) -> str | None:
     if not logits.is_cpu:
         return f"logits are on {logits.device}, it serves the cpu only"
-    if logits.dtype not in DTYPES:
+    if logits.dtype not in ELEMENTS:
         return "it computes in float32, logits are float64"
-    return None if weights_dtype in DTYPES else "it computes in float32, weights_dtype is float64"
+    return None if weights_dtype in ELEMENTS else "it computes in float32, weights_dtype is float64"
 
 
 def forward_cpu(
@@ -90,7 +88,7 @@ def prepared(
     stats = torch.empty(T if keep and rule.dense_gradient else 0, 2, dtype=torch.float32, device=device)
     arguments = (
         logits.data_ptr(),
-        DTYPES[logits.dtype],
+        ELEMENTS[logits.dtype],
         T,
         E,
         *logits.stride(),
@@ -109,7 +107,7 @@ def prepared(
         address(table),
         address(given),
         weights.data_ptr(),
-        DTYPES[weights_dtype],
+        ELEMENTS[weights_dtype],
         indices.data_ptr(),
         chosen.data_ptr() if chosen.numel() else 0,
         stats.data_ptr() if stats.numel() else 0,
@@ -136,10 +134,10 @@ def backward_cpu(
     indices, chosen, stats = indices.contiguous(), chosen.contiguous(), stats.contiguous()
     native().router_topk_backward_cpu(
         grad_weights.data_ptr(),
-        DTYPES[grad_weights.dtype],
+        ELEMENTS[grad_weights.dtype],
         *grad_weights.stride(),
         address(logits),
-        DTYPES[dtype],
+        ELEMENTS[dtype],
         *((0, 0) if logits is None else logits.stride()),
         indices.data_ptr(),
         chosen.data_ptr(),
