@@ -179,8 +179,12 @@ __global__ void __launch_bounds__(kRowThreads) block_kernel(Pair p, State state,
     ref_others.sum = sums.sum;
     const LogProb at = log_prob(sums.x, sums.policy), ref_at = log_prob(sums.y, ref_others);
     if (sums.top == INT32_MAX) state.top[row] = 0;  // nothing but NaN, which the sums hold
-    // lse - ref_lse, from the pivot's logits where it has most of the probability.
-    const float shift = at.logp > -1.0f ? (sums.x - sums.y) - at.logp + ref_at.logp : at.lse - ref_at.lse;
+    // lse - ref_lse: from the pivot's logits where it has most of the probability, else without either's size.
+    const float totals =
+        (sums.policy.sum + expf(sums.x - sums.policy.maximum)) / (sums.sum + expf(sums.y - sums.maximum));
+    float shift = (sums.policy.maximum - sums.maximum) + logf(totals);
+    if (at.logp > -1.0f) shift = (sums.x - sums.y) - at.logp + ref_at.logp;
+    if (sums.y - sums.maximum > 80.0f && !(at.logp > -1.0f)) shift = at.lse - ref_at.lse;
     const float others = expf(sums.maximum - ref_at.lse) * (sums.gap + (sums.sum == 0.0f ? 0.0f : sums.sum * shift));
     outputs.kl[row] = others + expf(ref_at.logp) * (ref_at.logp - at.logp);
     outputs.lse[row] = at.lse;
