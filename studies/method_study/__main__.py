@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from studies import method_study
-from studies.method_study.cells import QUICK, SECTIONS, Arm, ordered
+from studies.method_study.cells import QUICK, SECTIONS, ordered
 from trace_unlearn.demo.workers import Task, TaskBar, run_tasks
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import read_json, write_json, write_text
@@ -50,33 +50,7 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
     from studies.method_study import work
 
     sizes = work.default_sizes(options.quick)
-    tasks: list[Task] = []
-    made: set[str] = set()
-    for seed, arm in ordered(options.only, options.models):
-        if work.arm_file(options.output, seed, arm).is_file():
-            continue
-        name = f"{arm.corpus} {seed}"
-        own, folder = sizes[arm.corpus], work.model_folder(options.output, arm.corpus, seed)
-        if name not in made and not (folder / "checkpoint").is_dir():
-            made.add(name)
-            cost = (0.06 if arm.corpus == "manuals" else 0.03) * own.pretrain.steps
-            tasks.append(Task(name, work.make_model, (options.output, arm.corpus, seed, own), cost=cost))
-        tasks.append(
-            Task(
-                f"{name}, {arm.name}",
-                work.run_arm,
-                (options.output, seed, arm, own),
-                after=(name,),
-                cost=expected_seconds(arm),
-            )
-        )
-    return tasks
-
-
-def expected_seconds(arm: Arm) -> float:
-    """On a free core; only the progress bar looks at it."""
-    slower = (arm.retain_weight / 8) ** 0.3 / arm.pace
-    return 6 * slower * (4 if arm.corpus == "manuals" else 1)
+    return work.arm_tasks(options.output, ordered(options.only, options.models), lambda arm: sizes[arm.corpus])
 
 
 def _claim(options: argparse.Namespace) -> None:

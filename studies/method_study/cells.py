@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-UNIFORM, TRACE, SHUFFLED = "uniform", "TRACE", "shuffled"
+UNIFORM, TRACE, SHUFFLED, ORACLE = "uniform", "TRACE", "shuffled", "oracle"
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Arm:
     """One way of unlearning one model; what is not named in it is the demo's recipe.
 
     Attributes:
-        weights: of the retain tokens: "uniform", "TRACE", or "shuffled", TRACE's on random tokens (the control).
+        weights: of the retain tokens: "uniform", "TRACE", "shuffled", TRACE's on random tokens or documents (the
+            control), or "oracle", which knows the documents about the domain to forget from.
         corpus: "facts" (generated) or "manuals" (text of the machine's own documentation).
         adjacent: the share of the retain set that is about the domain to forget from.
         objective: of the forget set.
@@ -22,6 +23,10 @@ class Arm:
         pace: the learning rate as a multiple of the recipe's.
         rule, min_ess, experts, selection: how TRACE's weights are calibrated; `experts` a layer, None for all.
         routing: "reference" or "live".
+        unit: whose routing a weight looks at: "token", "context" or "document".
+        forget_from: whose forget frequencies the weights match: "own", or "other", another domain's (a control).
+        as_heavy_as: the unit whose weight on A is to be met by raising `min_ess`; "" for none.
+        trained: "all" parameters or those of the "experts".
     """
 
     weights: str = TRACE
@@ -35,6 +40,10 @@ class Arm:
     experts: int | None = 4
     selection: str = "log_ratio"
     routing: str = "reference"
+    unit: str = "token"
+    forget_from: str = "own"
+    as_heavy_as: str = ""
+    trained: str = "all"
 
     @property
     def name(self) -> str:
@@ -49,7 +58,7 @@ class Arm:
     @property
     def baseline(self) -> Arm:
         """The same with uniform weights."""
-        same = ("corpus", "adjacent", "objective", "retain_weight", "pace")
+        same = ("corpus", "adjacent", "objective", "retain_weight", "pace", "trained")
         return Arm(weights=UNIFORM, **{name: getattr(self, name) for name in same})
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trace_unlearn.demo.compare import T_95
+from trace_unlearn.demo.compare import T_975, student
 
 COLOURS = {"uniform": "#555555", "TRACE": "#c1440e", "shuffled": "#3a7ca5"}
 PANELS = {"A_accuracy": "adjacent facts (A)", "N_accuracy": "neighbours (N)"}
@@ -63,7 +63,7 @@ def _forest(axis: Any, comparisons: list[Mapping[str, Any]], measure: str, title
         if n < 2:
             continue
         colour = "#c1440e" if comparison["adjusted"][measure] < 0.05 else "#555555"
-        error = T_95[min(n - 1, len(T_95)) - 1] * difference["standard_error"]
+        error = student(T_975, n) * difference["standard_error"]
         axis.errorbar(difference["mean"], row, xerr=error, fmt="o", color=colour, markersize=4, linewidth=1)
     axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
     names = [

@@ -181,12 +181,14 @@ class Split:
     Attributes:
         seed: what drew it.
         groups: F to forget, N neighbours, A adjacent, R held out of other families.
+        held_out: the windows of R by family.
         retained: the other half of each other family.
         general: of the licences.
     """
 
     seed: int
     groups: dict[str, list[str]]
+    held_out: dict[str, list[str]]
     retained: dict[str, list[str]]
     general: list[str]
 
@@ -225,14 +227,15 @@ def split(text: dict[str, list[list[str]]], seed: int) -> Split:
     for group, size in GROUP_PAGES.items():
         groups[group] = [window for page in pages[:size] for window in page]
         pages = pages[size:]
-    groups["R"], retained = [], {}
+    held_out, retained = {}, {}
     for family in sorted(set(text) - {FORGOTTEN, GENERAL}):
         chosen = draw.sample(text[family], PAGES_A_FAMILY)
         half = PAGES_A_FAMILY // 2
         retained[family] = [window for page in chosen[:half] for window in page]
-        groups["R"] += [window for page in chosen[half:] for window in page]
+        held_out[family] = [window for page in chosen[half:] for window in page]
+    groups["R"] = [window for windows in held_out.values() for window in windows]
     general = _drawn(draw, [window for page in text[GENERAL] for window in page], 10**6)
-    return Split(seed, groups, retained, general)
+    return Split(seed, groups, held_out, retained, general)
 
 
 def spread(windows: Sequence[str], count: int) -> list[str]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trace_unlearn.demo.compare import T_800, T_975, student
+
 Point = Mapping[str, float]
 Curve = Sequence[Point]
 Array = npt.NDArray[np.float64]
@@ -95,6 +97,21 @@ class Difference:
     @property
     def n(self) -> int:
         return sum(value is not None for value in self.values)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean (Student's t); NaN for fewer than two models.
+
+        >>> [round(bound, 3) for bound in Difference.of([1.0, 2.0, 3.0]).interval]  # 2 ± 4.303 / sqrt 3
+        [-0.484, 4.484]
+        """
+        half = student(T_975, self.n) * self.standard_error
+        return self.mean - half, self.mean + half
+
+    @property
+    def smallest(self) -> float:
+        """The mean difference whose interval would leave out 0 with a probability of 0.8."""
+        return (student(T_975, self.n) + student(T_800, self.n)) * self.standard_error
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Difference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studies.method_study import manuals
-from trace_unlearn.demo.corpus import ADJACENT_SHARE, make_corpus
-from trace_unlearn.demo.pretrain import PretrainOptions
-from trace_unlearn.demo.unlearn import Recipe, knowledge
+from trace_unlearn.demo.corpus import ADJACENT_SHARE, DOMAINS, SENTENCES, make_corpus
+from trace_unlearn.demo.pretrain import PretrainOptions, ask
+from trace_unlearn.demo.unlearn import Recipe
 from trace_unlearn.files import staged_folder
 
 BEGIN, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
@@ -28,6 +29,10 @@ class World(Protocol):
 
     def retain(self, adjacent: float) -> tuple[Sequence[str], list[int]]:
         """The retain documents, and which of them are about the domain to forget from."""
+        ...
+
+    def other_domain(self) -> Sequence[str]:
+        """Documents of one of the other domains that the retain set does not hold: as F is to its own domain."""
         ...
 
     def pretrain_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,13 +51,16 @@ class Sizes:
     pretrain: PretrainOptions
     recipe: Recipe
     pace: float = 1.0  # the learning rates of unlearning as multiples of the demo's
+    forget_rise: float = 5.0  # of forget NLL above the start, in nats; an arm stops 0.2 beyond it
 
 
 SIZES = {
-    "facts": Sizes(PretrainOptions(), Recipe(unlearn_steps=400)),
-    "manuals": Sizes(PretrainOptions(steps=900), Recipe(unlearn_steps=400), pace=3.0),
+    "facts": Sizes(PretrainOptions(), Recipe(unlearn_steps=400, every_step_from_nll=None)),
+    "manuals": Sizes(
+        PretrainOptions(steps=900), Recipe(unlearn_steps=400, every_step_from_nll=None), pace=3.0, forget_rise=2.0
+    ),
 }
-# The range of forget NLL, above the start, over which arms are compared, and where they stop.
+# The range of forget NLL, above the start, over which arms are compared.
 FORGET_RISE = {"facts": (1.5, 5.0), "manuals": (0.5, 2.0)}
 
 
@@ -69,13 +77,19 @@ class Facts:
         corpus = make_corpus(self._seed, pretrain_documents=0, adjacent_share=adjacent)
         return corpus.retain, corpus.adjacent_documents
 
+    def other_domain(self) -> Sequence[str]:
+        held_out = self._corpus.facts["R"]
+        facts = held_out[: len(held_out) // (DOMAINS - 1)]
+        draw = random.Random(f"{self._seed} other domain")
+        return [" ".join(f.sentence for f in draw.sample(facts, SENTENCES)) for _ in self.forget]
+
     def pretrain_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         corpus = make_corpus(self._seed, pretrain_documents=self._sizes.pretrain.documents)
         ids = torch.tensor(self.tokenizer([f"{text} {END}" for text in corpus.pretrain])["input_ids"])
         return ids, ids
 
     def read_out(self, model: PreTrainedModel) -> dict[str, float]:
-        return knowledge(model, self.tokenizer, self._corpus.facts)
+        return ask(model, self.tokenizer, self._corpus.facts)
 
 
 class Manuals:
@@ -94,6 +108,9 @@ class Manuals:
 
     def retain(self, adjacent: float = ADJACENT_SHARE) -> tuple[Sequence[str], list[int]]:
         return self._split.retain(adjacent, self._sizes.recipe.retain_documents)
+
+    def other_domain(self) -> Sequence[str]:
+        return next(windows for windows in self._split.held_out.values() if windows)
 
     def pretrain_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._encoded(self._split.pretrain(self._sizes.pretrain.documents))

@@ -1,4 +1,4 @@
-"""Utility at equal forgetting: arms compared over independent models, with standard errors and a plain verdict."""
+"""Utility at equal forgetting: arms compared in pairs over independent models, with intervals and a plain verdict."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ import numpy.typing as npt
 
 Point = Mapping[str, float]  # step, F_accuracy, F_nll, N_accuracy, …
 Curve = Sequence[Point]
+Pair = tuple[str, str]
 
-FORGET_NLL = (1.5, 5.0)  # the range of forgetting over which utility is averaged, in nats
+UNIFORM, TRACE, CONTROL, STRONG = "uniform", "TRACE", "shuffled", "uniform x 4"
+PAIRS: tuple[Pair, ...] = ((TRACE, UNIFORM), (TRACE, CONTROL), (CONTROL, UNIFORM), (STRONG, UNIFORM))
+FORGET_NLL = (0.5, 2.5)  # the range of forgetting over which arms are compared, in nats; chance is ln 12 = 2.48
 GRID = 29
 MEASURES = {
-    "N_accuracy": "N accuracy",
     "A_accuracy": "A accuracy",
-    "R_accuracy": "R accuracy",
-    "N_nll": "N NLL",
     "A_nll": "A NLL",
+    "N_accuracy": "N accuracy",
+    "N_nll": "N NLL",
+    "R_accuracy": "R accuracy",
     "R_nll": "R NLL",
 }
-WHOM = {
-    "A_accuracy": "adjacent facts (A, the retain set has a little of them)",
-    "N_accuracy": "neighbours (N, the retain set has nothing of them)",
-}
-BASELINE = "uniform"
-# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; beyond, the last one errs on the careful side.
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+# Quantiles of Student's t for 1 to 11 degrees of freedom; beyond, the last ones err on the careful side.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+T_800 = (1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.876)
 
 
 def at_equal_forgetting(curve: Curve, measure: str, forget_nll: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -59,99 +58,124 @@ def at_equal_forgetting(curve: Curve, measure: str, forget_nll: npt.ArrayLike) -
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference to uniform weights over the models."""
+    """A paired difference between two arms, one value a model."""
 
-    mean: float
-    standard_error: float | None  # None with one model
-    models: int
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def standard_error(self) -> float | None:
+        """None with one model."""
+        n = len(self.values)
+        return float(np.std(self.values, ddof=1) / math.sqrt(n)) if n > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the mean (Student's t); None with one model.
+
+        >>> [round(bound, 3) for bound in Difference((1.0, 2.0, 3.0)).interval]  # 2 ± 4.303 / sqrt 3
+        [-0.484, 4.484]
+        """
+        if self.standard_error is None:
+            return None
+        half = student(T_975, len(self.values)) * self.standard_error
+        return self.mean - half, self.mean + half
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the 95 % confidence interval (Student's t) leaves out 0."""
+        """Whether the interval leaves out 0."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+    @property
+    def smallest_seen(self) -> float | None:
+        """The mean difference whose interval would leave out 0 in 8 of 10 such runs; None with one model.
+
+        >>> round(Difference((1.0, 2.0, 3.0)).smallest_seen, 3)  # (4.303 + 1.061) / sqrt 3
+        3.097
+        """
         if self.standard_error is None:
-            return False
-        return abs(self.mean) > T_95[min(self.models - 1, len(T_95)) - 1] * self.standard_error
+            return None
+        n = len(self.values)
+        return (student(T_975, n) + student(T_800, n)) * self.standard_error
 
     def __str__(self) -> str:
-        if self.standard_error is None:
+        if self.interval is None:
             return f"{self.mean:+.3f}"
-        return f"{self.mean:+.3f} ± {self.standard_error:.3f}"
+        return f"{self.mean:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
+
+
+def student(table: Sequence[float], models: int) -> float:
+    """The quantile of Student's t that belongs to a mean over so many models."""
+    return table[min(models - 1, len(table)) - 1]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """What `compare` found, at equal forgetting.
 
     Attributes:
         arms: their names, uniform first.
-        utility: by measure and arm, the mean over models of the measure averaged over equal forgetting.
-        differences: by measure and arm, paired to uniform.
-        models: how many models were compared.
-        ranges: the range of forget NLL that every arm of a model reached, for each model.
-        left_out: models where some arm forgot too little to be compared.
+        utility: by measure ("step" too) and arm, the mean over the models in which it forgot enough.
+        differences: by measure and pair of arms, the first minus the second, over the models in which both did.
+        models: how many models compare TRACE with uniform weights.
+        left_out: by arm, the numbers of the models in which it forgot too little to be compared.
     """
 
     arms: tuple[str, ...]
     utility: dict[str, dict[str, float]]
-    differences: dict[str, dict[str, Difference]]
+    differences: dict[str, dict[Pair, Difference]]
     models: int
-    ranges: tuple[tuple[float, float], ...]
-    left_out: tuple[int, ...]
+    left_out: dict[str, tuple[int, ...]]
 
 
-def compare(models: Sequence[Mapping[str, Curve]]) -> Comparison:
-    """Compare the arms of each model at equal forgetting.
+def compare(models: Mapping[int, Mapping[str, Curve]]) -> Comparison:
+    """Compare the arms of each model, by its number, in `PAIRS`; the first model has all arms.
 
-    Within a model every arm is averaged over the same forget NLLs: `FORGET_NLL`, cut where an arm stopped earlier.
-    A model of which an arm did not even get through half of that range is left out, and named.
+    Both arms of a pair are averaged over the same forget NLLs: `FORGET_NLL`, cut where one of them stopped earlier. An
+    arm that did not get through half of that range is left out of its model, and named.
     """
-    arms = tuple(models[0])
-    utility: dict[str, dict[str, list[float]]] = {measure: {arm: [] for arm in arms} for measure in MEASURES}
-    ranges, left_out = [], []
+    arms = tuple(next(iter(models.values())))
+    middle = sum(FORGET_NLL) / 2
+    enough = {
+        number: {arm: curve for arm, curve in curves.items() if _reached(curve) >= middle}
+        for number, curves in models.items()
+    }
+    utility: dict[str, dict[str, float]] = {}
+    differences: dict[str, dict[Pair, Difference]] = {}
+    for measure in (*MEASURES, "step"):
+        levels = {arm: [_mean(c[arm], c[arm], measure) for c in enough.values() if arm in c] for arm in arms}
+        utility[measure] = {arm: float(np.mean(row)) for arm, row in levels.items() if row}
+        found = {
+            (arm, other): tuple(
+                _mean(c[arm], c[other], measure) - _mean(c[other], c[arm], measure)
+                for c in enough.values()
+                if arm in c and other in c
+            )
+            for arm, other in PAIRS
+        }
+        differences[measure] = {pair: Difference(values) for pair, values in found.items() if values}
+    return Comparison(
+        arms,
+        utility,
+        differences,
+        sum(TRACE in curves and UNIFORM in curves for curves in enough.values()),
+        {
+            arm: missing
+            for arm in arms
+            if (missing := tuple(n for n, c in models.items() if arm in c and arm not in enough[n]))
+        },
+    )
+
+
+def _reached(curve: Curve) -> float:
+    return max(point["F_nll"] for point in curve)
+
+
+def _mean(curve: Curve, other: Curve, measure: str) -> float:
+    """Of the first curve, over the forget NLLs that both reach."""
     low, high = FORGET_NLL
-    for number, curves in enumerate(models):
-        reached = min(max(point["F_nll"] for point in curve) for curve in curves.values())
-        top = min(high, reached)
-        if top < (low + high) / 2:
-            left_out.append(number)
-            continue
-        ranges.append((low, top))
-        grid = np.linspace(low, top, GRID)
-        for measure, by_arm in utility.items():
-            for arm in arms:
-                by_arm[arm].append(float(at_equal_forgetting(curves[arm], measure, grid).mean()))
-    differences = {
-        measure: {arm: _paired(by_arm[arm], by_arm[BASELINE]) for arm in arms if arm != BASELINE}
-        for measure, by_arm in utility.items()
-        if ranges
-    }
-    means = {
-        m: {arm: float(np.mean(values)) for arm, values in by_arm.items()} for m, by_arm in utility.items() if ranges
-    }
-    return Comparison(arms, means, differences, len(ranges), tuple(ranges), tuple(left_out))
-
-
-def _paired(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    difference = np.subtract(values, baseline)
-    n = len(difference)
-    return Difference(float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else None, n)
-
-
-def verdict(comparison: Comparison, arm: str, control: str) -> list[str]:
-    """Plain sentences: whether `arm` kept more than uniform weights at equal forgetting, or the noise is larger."""
-    if comparison.models == 0:
-        return ["No model forgot enough in every arm to compare them."]
-    sentences = []
-    for measure, who in WHOM.items():
-        difference = comparison.differences[measure][arm]
-        line = f"On {who}, {arm} against {BASELINE}: accuracy {difference}"
-        if comparison.models > 1:
-            if not difference.beyond_noise:
-                found = "the noise is larger than the difference, so no claim either way"
-            else:
-                found = f"{arm} {'helped' if difference.mean > 0 else 'hurt'}, beyond the noise (95 %)"
-            line += f" over {comparison.models} models: {found}"
-        sentences.append(f"{line}. The control ({control}): {comparison.differences[measure][control]}.")
-    if comparison.models == 1:
-        sentences.append("One model cannot tell a gain from noise; --models 3 or more can begin to.")
-    return sentences
+    grid = np.linspace(low, min(high, _reached(curve), _reached(other)), GRID)
+    return float(at_equal_forgetting(curve, measure, grid).mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +71,7 @@ def new_model(options: PretrainOptions, vocabulary: int, seed: int) -> PreTraine
 def pretrain(
     corpus: Corpus, folder: Path, options: PretrainOptions | None = None, progress: Progress | None = None
 ) -> None:
-    """Train a model on all of `corpus`; `folder` gets it, its tokenizer and its fact accuracies (knowledge.json)."""
+    """Train a model on all of `corpus`; `folder` gets it, its tokenizer and what it knows (knowledge.json)."""
     options = options or PretrainOptions()
     tokenizer = corpus.tokenizer()
     texts = [f"{text} {tokenizer.eos_token}" for text in corpus.pretrain]
@@ -80,7 +80,7 @@ def pretrain(
         raise ValueError(f"corpus: {tuple(documents.shape)} tokens, allowed: {(options.documents, DOCUMENT_TOKENS)}")
     model = new_model(options, len(corpus.vocabulary), corpus.seed)
     fit(model, documents, documents, options, progress)
-    known = {group: ask(model, tokenizer, facts)[0] for group, facts in corpus.facts.items()}
+    known = ask(model, tokenizer, corpus.facts)
     with staged_folder(folder) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
@@ -113,13 +113,25 @@ def fit(
 
 
 @torch.no_grad()
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> tuple[float, float]:
-    """Share of the facts whose value is the model's first choice, and the mean NLL of the values in nats."""
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: Mapping[str, Sequence[Fact]]
+) -> dict[str, float]:
+    """GROUP_accuracy, the share of a group's facts whose value is the model's first choice, and GROUP_nll in nats.
+
+    All groups share one forward.
+    """
     was_training = model.training
     model.train(False)
-    ids = torch.tensor(tokenizer([f"{fact.prompt} {fact.answer}" for fact in facts])["input_ids"])  # [N, prompt + 1]
+    facts = [f"{fact.prompt} {fact.answer}" for asked in groups.values() for fact in asked]
+    ids = torch.tensor(tokenizer(facts)["input_ids"])  # [N, prompt + 1]
     logp = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1].float().log_softmax(-1)  # [N, V]
     answers = ids[:, -1]
     model.train(was_training)
-    accuracy = (logp.argmax(-1) == answers).double().mean().item()
-    return accuracy, -logp.gather(1, answers[:, None]).double().mean().item()
+    right = (logp.argmax(-1) == answers).double()
+    nll = -logp.gather(1, answers[:, None])[:, 0].double()
+    found: dict[str, float] = {}
+    begin = 0
+    for name, asked in groups.items():
+        rows = slice(begin, begin := begin + len(asked))
+        found[f"{name}_accuracy"], found[f"{name}_nll"] = right[rows].mean().item(), nll[rows].mean().item()
+    return found

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_unlearn.demo.corpus import Fact, make_corpus
+from trace_unlearn.demo.compare import CONTROL, FORGET_NLL, STRONG, TRACE, UNIFORM
+from trace_unlearn.demo.corpus import make_corpus
 from trace_unlearn.demo.pretrain import PretrainOptions, ask, pretrain
 from trace_unlearn.demo.workers import Progress
 from trace_unlearn.files import read_json
@@ -25,26 +26,35 @@ if TYPE_CHECKING:
     from trace_unlearn.training.config import TraceConfig
     from trace_unlearn.training.trainer import TraceTrainer
 
-ARMS = ("uniform", "TRACE", "shuffled")  # shuffled: TRACE's weights, each on a random token; the control
+ARMS = (UNIFORM, TRACE, CONTROL)  # the control: TRACE's weights, each on a random document
 DATA = ("forget.jsonl", "retain.jsonl")
 LEARNING_RATES = {"grad_diff": 1.2e-4, "npo": 1.5e-4, "wga": 1.2e-4, "ce_u": 1.2e-4}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All numbers of the demo."""
+    """All numbers of the demo.
+
+    Attributes:
+        unit: whose routing a weight looks at; see `calibrate`.
+        every_step_from_nll: from this NLL of F on every step is recorded; None for never.
+        strength: of the arm `STRONG`: its retain weight as a multiple of the others'.
+    """
 
     pretrain: PretrainOptions = field(default_factory=PretrainOptions)
     forget_documents: int = 96
     retain_documents: int = 384
     experts_per_layer: int = 4
-    unlearn_steps: int = 140
+    unlearn_steps: int = 250
     forget_per_step: int = 8
     retain_per_forget: int = 4
     retain_weight: float = 8.0
     npo_beta: float = 0.1
     evaluate_every: int = 4
-    stop_at_forget_nll: float = 5.2
+    every_step_from_nll: float | None = 0.1
+    stop_at_forget_nll: float = FORGET_NLL[1] + 0.1
+    strength: float = 4.0
+    unit: str = "document"
 
 
 def prepare(folder: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
@@ -76,7 +86,7 @@ def prepare(folder: Path, seed: int, recipe: Recipe, progress: Progress) -> None
         stats.save(folder / "profile")
     if not (folder / "calibration").is_dir():
         stats = RoutingStatistics.load(folder / "profile")
-        calibrate(stats, experts_per_layer=recipe.experts_per_layer).save(folder / "calibration")
+        calibrate(stats, experts_per_layer=recipe.experts_per_layer, unit=recipe.unit).save(folder / "calibration")
 
 
 def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, progress: Progress) -> None:
@@ -96,9 +106,9 @@ def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, p
     facts = make_corpus(seed, pretrain_documents=0, forget_documents=0, retain_documents=0).facts
     config = TraceConfig(
         objective=objective,
-        alpha=recipe.retain_weight,
+        alpha=recipe.retain_weight * (recipe.strength if arm == STRONG else 1),
         beta=recipe.npo_beta if objective == "npo" else None,
-        weighting="uniform" if arm == "uniform" else "reference",
+        weighting="uniform" if arm in (UNIFORM, STRONG) else "reference",
         retain_per_forget=recipe.retain_per_forget,
     )
     curve: list[dict[str, float]] = []
@@ -110,11 +120,11 @@ def unlearn(folder: Path, seed: int, objective: str, arm: str, recipe: Recipe, p
             forget,
             retain,
             config=config,
-            calibration=calibration.shuffled(seed) if arm == "shuffled" else calibration,
+            calibration=calibration.shuffled(seed) if arm == CONTROL else calibration,
             recipe=recipe,
             learning_rate=LEARNING_RATES[objective],
             seed=seed,
-            callback=recorder(curve, lambda model: knowledge(model, tokenizer, facts), recipe, progress),
+            callback=recorder(curve, lambda model: ask(model, tokenizer, facts), recipe, progress),
         )
         trainer.train()
         trainer.save_unlearned(output, {"arm": arm, "curve": curve})
@@ -128,7 +138,7 @@ def make_trainer(
     retain: datasets.Dataset,
     *,
     config: TraceConfig,
-    calibration: Calibration,
+    calibration: Calibration | None,
     recipe: Recipe,
     learning_rate: float,
     seed: int,
@@ -178,23 +188,13 @@ def be_quiet() -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def knowledge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict[str, tuple[Fact, ...]]
-) -> dict[str, float]:
-    """Accuracy and NLL on each group of facts."""
-    point: dict[str, float] = {}
-    for group, asked in facts.items():
-        point[f"{group}_accuracy"], point[f"{group}_nll"] = ask(model, tokenizer, asked)
-    return point
-
-
 def recorder(
     curve: list[dict[str, float]],
     read_out: Callable[[PreTrainedModel], dict[str, float]],
     recipe: Recipe,
     progress: Progress,
 ) -> TrainerCallback:
-    """Appends what the model knows to `curve` every few steps, and stops the training when F is forgotten."""
+    """Appends what the model knows to `curve` every few steps or every one, and stops when F is forgotten."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -203,7 +203,8 @@ def recorder(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             progress(state.global_step, recipe.unlearn_steps)
-            if state.global_step % recipe.evaluate_every == 0:
+            closely = recipe.every_step_from_nll is not None and curve[-1]["F_nll"] > recipe.every_step_from_nll
+            if closely or state.global_step % recipe.evaluate_every == 0:
                 self._record(state, control, kwargs["model"])
 
         def _record(self, state: Any, control: Any, model: Any) -> None:

@@ -224,6 +224,33 @@ def dots(
     return figure
 
 
+def paired_differences(
+    values: Mapping[str, Sequence[float]], intervals: Mapping[str, tuple[float, float] | None], *, x_label: str
+) -> Figure:
+    """A row for each entry: its values as pale dots, their mean as a diamond, and a bar for its interval, if any.
+
+    Rows whose interval leaves out 0 are coloured.
+    """
+    with mpl.rc_context(STYLE):
+        figure, (ax,) = _subplots(1, 1, (8.0, 1.0 + 0.45 * len(values)))
+        ax.axvline(0, color=MUTED, linewidth=1.2)
+        for height, (name, row) in zip(range(len(values), 0, -1), values.items(), strict=True):
+            interval = intervals[name]
+            apart = interval is not None and (interval[0] > 0 or interval[1] < 0)
+            colour = COLOURS[1] if apart else COLOURS[0]
+            ax.scatter(row, [height] * len(row), s=26, color=colour, alpha=0.35, linewidth=0)
+            if interval is not None:
+                ax.hlines(height, *interval, color=colour, linewidth=2.4)
+            ax.scatter([float(np.mean(row))], [height], s=56, color=colour, marker="D", zorder=3)
+        ax.set_yticks(range(len(values), 0, -1), list(values))
+        ax.tick_params(axis="y", length=0, labelcolor=INK)
+        ax.grid(visible=False, axis="y")
+        ax.spines["left"].set_visible(False)
+        ax.set_ylim(0.4, len(values) + 0.6)
+        ax.set_xlabel(x_label)
+    return figure
+
+
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
     """The mean of y over the x that every curve covers; a single curve is returned as it is."""
     if len(curves) == 1:
