@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 export PYTHON
 # Processes that the tests run in.
 JOBS ?= 2
+# What `make test` leaves out and `make check` runs: compilation for other machines, long emulations, wide matrices.
+LEFT_OUT ?= slow
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
@@ -14,7 +16,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 
 help:
 	@echo "make demo    pre-train tiny MoE models, unlearn with TRACE, print what it did, write runs/demo/report.html"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests           make check    all of them, the slow ones too, lint and types: what CI runs"
 	@echo "make lint    ruff and clang-format        make types   mypy --strict"
 	@echo "make bench   micro-benchmarks             make format  rewrite files in the project's style"
 	@echo "make gpu     on a CUDA device: conformance, timings beside the peers, compute-sanitizer"
@@ -24,7 +26,7 @@ demo: $(VENV)/.built
 	$(BIN)/trace-unlearn demo --output runs/demo $(DEMO)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -n $(JOBS) $(TEST)
+	$(BIN)/python -m pytest -n $(JOBS) $(if $(LEFT_OUT),-m "not ($(LEFT_OUT))") $(TEST)
 
 lint: $(VENV)/.deps
 	$(BIN)/ruff check .
@@ -48,6 +50,7 @@ gpu: $(VENV)/.built
 gpu-here:
 	PYTHON=$(PYTHON) tools/gpu.sh $(GPU)
 
+check: LEFT_OUT =
 check: test lint types
 
 $(VENV)/.deps: $(wildcard requirements/*.txt) tools/bootstrap.sh

@@ -14,7 +14,7 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.sources.data import loss_bearing
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.pace import factor
-from trace_unlearn.training.reference import batches, in_eval
+from trace_unlearn.training.passes import batches, in_eval
 
 FORGET, RETAIN = "stop_forget_nll", "stop_retain_nll"  # their names in the log
 

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,7 @@ RETAIN = [f"the color of w{20 + i} is w{i} ." for i in range(24)]
 PRODUCTS = ("profile", "calibration", "model", "metrics.json", "report.html")
 
 
-@pytest.fixture
-def configuration(tmp_path, checkpoint):
+def configure(tmp_path, checkpoint):
     """A run that takes seconds; (folder, path of config.yaml, run folder)."""
     for name, texts in (("forget", FORGET), ("retain", RETAIN)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -52,11 +52,34 @@ evaluate:
   max_new_tokens: 0
   suites:
     muse:
-      data: {tmp_path / "muse"}
+      data: muse
       retrain_auc: 0.5
 """
     )
     return tmp_path, tmp_path / "config.yaml", tmp_path / "run"
+
+
+@pytest.fixture
+def configuration(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return configure(tmp_path, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint):
+    """The folder of such a run that is done."""
+    home, config, folder = configure(tmp_path_factory.mktemp("finished"), checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert cli.main(["run", str(config)]) == 0
+    return folder
+
+
+@pytest.fixture
+def done(configuration, finished):
+    """A configuration whose run is done: a copy of the one that was."""
+    shutil.copytree(finished, configuration[2])
+    return configuration
 
 
 def made(folder):
@@ -130,9 +153,8 @@ def test_attacks_are_a_step_of_their_own(configuration, checkpoint):
     assert "privleak" in page
 
 
-def test_a_step_is_made_again_when_its_product_is_gone(configuration):
-    _, config, folder = configuration
-    assert cli.main(["run", str(config)]) == 0
+def test_a_step_is_made_again_when_its_product_is_gone(done):
+    _, config, folder = done
     before = made(folder)
     (folder / "metrics.json").unlink()
     assert cli.main(["run", str(config)]) == 0
@@ -140,9 +162,8 @@ def test_a_step_is_made_again_when_its_product_is_gone(configuration):
     assert {name for name in PRODUCTS if before[name] != after[name]} == {"metrics.json"}
 
 
-def test_other_options_are_refused_before_anything_is_done(configuration, capsys):
-    _, config, folder = configuration
-    assert cli.main(["run", str(config), "--report", "false"]) == 0
+def test_other_options_are_refused_before_anything_is_done(done, capsys):
+    _, config, folder = done
     before = made(folder)
     assert cli.main(["run", str(config), "--calibrate.min_ess", "0.3"]) == 2
     message = capsys.readouterr().err
@@ -151,9 +172,8 @@ def test_other_options_are_refused_before_anything_is_done(configuration, capsys
     assert made(folder) == before
 
 
-def test_other_data_is_refused(configuration, capsys):
-    folder_of_data, config, folder = configuration
-    assert cli.main(["run", str(config), "--report", "false"]) == 0
+def test_other_data_is_refused(done, capsys):
+    folder_of_data, config, folder = done
     with (folder_of_data / "retain.jsonl").open("a") as file:
         file.write('{"text": "w1 w2 w3"}\n')
     assert cli.main(["run", str(config), "--report", "false"]) == 2
@@ -170,9 +190,8 @@ def test_a_product_of_unknown_origin_is_refused(configuration, capsys):
     assert "no run made it" in capsys.readouterr().err
 
 
-def test_the_run_folder_may_move(configuration):
-    _, config, folder = configuration
-    assert cli.main(["run", str(config), "--report", "false"]) == 0
+def test_the_run_folder_may_move(done):
+    _, config, folder = done
     folder.rename(folder.with_name("moved"))
     before = made(folder.with_name("moved"))
     assert cli.main(["run", str(config), "--report", "false", "--output", str(folder.with_name("moved"))]) == 0
