@@ -11,6 +11,7 @@ import pytest
 
 import trace_kernels
 import trace_unlearn
+from trace_unlearn.training.objectives import OBJECTIVES
 from trace_unlearn.verbs import options_page
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,11 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", prose):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_objective_has_a_row_in_its_page():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "objectives.md").read_text(), re.M)
+    assert set(OBJECTIVES) <= set(rows)
 
 
 def test_the_options_page_is_the_code_s():

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from trace_unlearn import files
 from trace_unlearn.sources.records import HUB_NAME, SUFFIXES
 from trace_unlearn.training.objectives import OBJECTIVES
@@ -42,9 +44,7 @@ def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED, verd
 
     >>> card = training_card({"options": {"model": "owner/moe", "method.objective": "npo"}, "steps": 60})
     >>> card.splitlines()[:3]
-    ['---', 'library_name: transformers', 'pipeline_tag: text-generation']
-    >>> "base_model: owner/moe" in card
-    True
+    ['---', 'base_model: owner/moe', 'library_name: transformers']
     """
     facts: dict[str, Any] = json.loads(files.to_json(run_facts))
     options, config = facts.get("options") or {}, facts.get("config") or {}
@@ -68,13 +68,15 @@ def training_card(run_facts: Mapping[str, Any], measured: str = UNMEASURED, verd
 
 
 def _front_matter(base: str, options: Mapping[str, Any], tuned: bool) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {base}"] if on_hub(base) else []
-    data = [str(options[name]) for name in ("forget", "retain") if on_hub(options.get(name))]
-    if data:
-        lines += ["datasets:", *(f"- {source.partition(':')[0]}" for source in dict.fromkeys(data))]
-    lines += ["tags:", "- trace-kernels", "- mixture-of-experts", *([] if tuned else ["- machine-unlearning"])]
-    return "\n".join([*lines, "---", ""])
+    data = [str(options[name]).partition(":")[0] for name in ("forget", "retain") if on_hub(options.get(name))]
+    facts = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if on_hub(base) else None,
+        datasets=list(dict.fromkeys(data)) or None,
+        tags=["trace-kernels", "mixture-of-experts", *([] if tuned else ["machine-unlearning"])],
+    )
+    return f"---\n{facts.to_yaml()}\n---\n"
 
 
 def _opening(base: str, facts: Mapping[str, Any], tuned: bool) -> str:
