@@ -45,7 +45,7 @@ def preload(sanitizer="libasan.so"):
 def build(folder, op="*", sanitize=SANITIZE, edit=None):
     """Compile the kernels of `op` into a module in `folder`, or take what an earlier run compiled; its path.
 
-    edit: (file name, old, new), a fault to plant in a copy of that source.
+    edit: ("op/file", old, new), a fault to plant in a copy of that source.
     """
     import pybind11
 
@@ -57,7 +57,7 @@ def build(folder, op="*", sanitize=SANITIZE, edit=None):
     folder.mkdir(parents=True, exist_ok=True)
 
     def planted(source):
-        if edit is None or source.name != edit[0]:
+        if edit is None or f"{source.parent.name}/{source.name}" != edit[0]:
             return source
         text = source.read_text()
         assert text.count(edit[1]) == 1, f"{source} has {text.count(edit[1])} of {edit[1]!r}"
