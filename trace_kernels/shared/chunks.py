@@ -133,10 +133,12 @@ class Chunks:
         budget: int | None = None,
         rows: int | None = None,
         overwrite: bool = False,
+        summed: bool = False,
     ) -> None:
         """`buffers` of logits; with `whole` they keep all blocks of a chunk, because `dz` needs them again.
 
         rows: of a chunk, whatever memory that takes.
+        summed: the head's gradient is summed over chunks, which is read and written with each: twice the rows.
         overwrite: with `whole`, `dz` takes the place of the first of two logits.
         """
         self.num_rows, self.width = hidden.shape
@@ -147,7 +149,7 @@ class Chunks:
         overwrite = overwrite and whole and gradient
         apart = gradient and not overwrite
         row_bytes = stride * ((hidden.element_size() if apart else 0) + (4 * buffers if whole else 0))
-        budget = CHUNK_BYTES if budget is None else budget
+        budget = CHUNK_BYTES * (2 if summed else 1) if budget is None else budget
         self.rows = chunk_rows(self.num_rows, row_bytes, budget) if rows is None else min(rows, self.num_rows)
         # Where all logits of a chunk are kept, one product makes them; without `dz` there is room for larger blocks.
         most = BLOCK_BYTES * (1 if gradient else 2) // (4 * max(1, self.rows) * buffers)

@@ -54,7 +54,7 @@ class Call(NamedTuple):
         options = (self.ignore_index, self.softcap, self.logit_scale, self.group_name)
         return Call(self.hidden, self.weight, self.bias, self.target[:, None], self.row_weight, *options)
 
-    def rows(self, rows: slice) -> Call:
+    def rows(self, rows: slice | torch.Tensor) -> Call:
         """The call of some rows."""
         target = None if self.target is None else self.target[rows]
         row_weight = None if self.row_weight is None else self.row_weight[rows]

@@ -24,6 +24,7 @@ from trace_kernels.shared.chunks import (
     mm_float32,
     split_scale,
 )
+from trace_kernels.shared.kept import kept_rows, spread
 from trace_kernels.shared.linear import Call, Gradient, Stats
 
 
@@ -85,6 +86,15 @@ def _pass(
     kernels: RowKernels, call: Call, want_dhidden: bool, want_dweight: bool, entropy: bool, exclude: bool
 ) -> tuple[Stats, torch.Tensor, torch.Tensor]:
     """Stats, whose `others` are d logp / d hidden unless `exclude`; and dweight and dbias."""
+    if (index := kept_rows(call.kept())) is None:
+        return _pass_of_all(kernels, call, want_dhidden, want_dweight, entropy, exclude)
+    found, dweight, dbias = _pass_of_all(kernels, call.rows(index), want_dhidden, want_dweight, entropy, exclude)
+    return Stats(*(spread(values, index, len(call.hidden)) for values in found)), dweight, dbias
+
+
+def _pass_of_all(
+    kernels: RowKernels, call: Call, want_dhidden: bool, want_dweight: bool, entropy: bool, exclude: bool
+) -> tuple[Stats, torch.Tensor, torch.Tensor]:
     weight, hidden, target = dense(call.weight), call.hidden, call.target
     assert target is not None
     (T, H), V, K = hidden.shape, call.num_classes, target.shape[1]
@@ -105,7 +115,7 @@ def _pass(
     )
     dweight = WeightGradient(kernels.scaled_rows, weight, want_dweight)
     dbias = lse.new_zeros(V if want_dweight else 0)
-    chunks = Chunks(hidden, V, gradient, whole=twice)
+    chunks = Chunks(hidden, V, gradient, whole=twice, summed=want_dweight)
     numbers = torch.empty((4, chunks.rows), dtype=torch.float32, device=hidden.device)
     state = State(numbers, target.new_empty(chunks.rows), numbers.new_empty(chunks.rows, K))
     for chunk in chunks.slices():
@@ -142,6 +152,17 @@ def backward(
     kernels: RowKernels, call: Call, lse: torch.Tensor, gradient: Gradient, want_dhidden: bool, want_dweight: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dhidden [T, H], dweight [V, H] and dbias [V]; the logits are computed again."""
+    if (index := kept_rows(call.kept())) is None:
+        return _backward_of_all(kernels, call, lse, gradient, want_dhidden, want_dweight)
+    log = None if gradient.log is None else gradient.log[index]
+    few = Gradient(gradient.constant[index], log, gradient.targets[index])
+    dhidden, dweight, dbias = _backward_of_all(kernels, call.rows(index), lse[index], few, want_dhidden, want_dweight)
+    return spread(dhidden, index, len(call.hidden)), dweight, dbias
+
+
+def _backward_of_all(
+    kernels: RowKernels, call: Call, lse: torch.Tensor, gradient: Gradient, want_dhidden: bool, want_dweight: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (T, H), V = call.hidden.shape, call.num_classes
     weight, scale, hidden = dense(call.weight), None, call.hidden
     row_weight = call.row_weight
@@ -152,7 +173,7 @@ def backward(
     dhidden = hidden.new_empty(T if want_dhidden else 0, H)
     dweight = WeightGradient(kernels.scaled_rows, weight, want_dweight)
     dbias = factor.new_zeros(V if want_dweight else 0)
-    chunks = Chunks(hidden, V, gradient=True)
+    chunks = Chunks(hidden, V, gradient=True, summed=want_dweight)
     for chunk in chunks.slices():
         dz, rows = chunks.dz(chunk), call.rows(chunk)
         log = None if gradient.log is None else gradient.log[chunk]

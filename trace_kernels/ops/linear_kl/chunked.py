@@ -28,6 +28,7 @@ from trace_kernels.shared.chunks import (
     mm_float32,
     split_scale,
 )
+from trace_kernels.shared.kept import kept_rows, spread
 from trace_kernels.shared.linear import Call
 
 #: A row needs four times the memory of one of `linear_cross_entropy`; half its rows keep the products efficient.
@@ -64,6 +65,19 @@ def forward(
     kernels: RowKernels, policy: Call, ref: Call, want_dhidden: bool, want_dweight: bool, exchange: Exchange | None
 ) -> tuple[torch.Tensor, ...]:
     """Kl, lse, ref_lse, pivot and difference [T], dhidden [T, H], dweight [V, H]: see reference.py."""
+    # Processes that share a vocabulary exchange the sums of the same rows.
+    index = None if exchange is not None else kept_rows(policy.kept())
+    if index is None:
+        return _forward_of_all(kernels, policy, ref, want_dhidden, want_dweight, exchange)
+    *found, dweight = _forward_of_all(
+        kernels, policy.rows(index), ref.rows(index), want_dhidden, want_dweight, exchange
+    )
+    return *(spread(values, index, len(policy.hidden)) for values in found), dweight
+
+
+def _forward_of_all(
+    kernels: RowKernels, policy: Call, ref: Call, want_dhidden: bool, want_dweight: bool, exchange: Exchange | None
+) -> tuple[torch.Tensor, ...]:
     (T, H), V = policy.hidden.shape, policy.num_classes
     policy, ref = (call._replace(weight=dense(call.weight)) for call in (policy, ref))
     gradient = want_dhidden or want_dweight
@@ -112,11 +126,15 @@ def backward_weight(
 ) -> torch.Tensor:
     """Dweight [V, H]: the sum of row_weight_t * d kl_t; both logits are computed again."""
     assert policy.row_weight is not None
+    if (index := kept_rows(policy.kept())) is not None:
+        policy, ref = policy.rows(index), ref.rows(index)
+        lse, ref_lse, pivot, difference = (values[index] for values in (lse, ref_lse, pivot, difference))
+    assert policy.row_weight is not None
     row_grad, scale = split_scale(policy.row_weight, policy.hidden.dtype)
     policy, ref = (call._replace(weight=dense(call.weight), row_weight=row_grad) for call in (policy, ref))
     factor = torch.empty(policy.hidden.shape[0], dtype=torch.float32, device=policy.hidden.device)
     dweight = WeightGradient(kernels.scaled_rows, policy.weight)
-    chunks = Chunks(policy.hidden, policy.num_classes, gradient=True, buffers=2)
+    chunks = Chunks(policy.hidden, policy.num_classes, gradient=True, buffers=2, summed=True)
     for rows in chunks.slices():
         dz, mine = chunks.dz(rows), policy.rows(rows)
         for block in chunks.blocks():
