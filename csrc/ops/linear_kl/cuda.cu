@@ -187,6 +187,10 @@ __global__ void __launch_bounds__(kRowThreads) block_kernel(Pair p, State state,
     if (sums.y - sums.maximum > 80.0f && !(at.logp > -1.0f)) shift = at.lse - ref_at.lse;
     const float others = expf(sums.maximum - ref_at.lse) * (sums.gap + (sums.sum == 0.0f ? 0.0f : sums.sum * shift));
     outputs.kl[row] = others + expf(ref_at.logp) * (ref_at.logp - at.logp);
+    if (ref_at.logp < -0.7f) {  // the reference is sure of nothing: the same with less rounding
+      const float own = expf(sums.y - sums.maximum);
+      outputs.kl[row] = (sums.gap + own * (sums.y - sums.x)) / (sums.sum + own) + shift;
+    }
     outputs.lse[row] = at.lse;
     outputs.ref_lse[row] = ref_at.lse;
     outputs.logp[row] = at.logp;

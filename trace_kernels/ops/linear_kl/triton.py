@@ -139,7 +139,12 @@ def block_kernel(
             log_ref_total = (top_y - ref_largest) - log_q
             left = gaps + tl.where(ref_others == 0.0, 0.0, ref_others * (log_total - log_ref_total))
             at_pivot = tl.exp(log_q) * (log_q - log_p)
-            tl.store(kl + row, left / (ref_others + ref_own) + at_pivot)
+            ref_everything = ref_others + ref_own
+            # Where the reference is sure of nothing, the gaps with less rounding.
+            gap_at_pivot = ref_own * ((top_y - ref_largest) - (top_x - largest))
+            unsure = (gaps + tl.where(ref_own == 0.0, 0.0, gap_at_pivot)) / ref_everything
+            unsure += tl.log(everything) - tl.log(ref_everything)
+            tl.store(kl + row, tl.where(log_q > -0.7, left / ref_everything + at_pivot, unsure))
             tl.store(lse + row, largest + log_total)
             tl.store(ref_lse + row, ref_largest + log_ref_total)
             tl.store(logp + row, log_p)
