@@ -61,7 +61,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         module, _, attribute = _HOME[name].rpartition(".")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+        try:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            from trace_unlearn.errors import needs
+
+            if error.name is None or error.name.split(".")[0] in (__name__, "trace_kernels"):
+                raise
+            raise ModuleNotFoundError(f"{__name__}.{name} {needs(error.name)}", name=error.name) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

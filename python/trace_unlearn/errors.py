@@ -12,3 +12,13 @@ class UserError(Exception):
         ...
     trace_unlearn.errors.UserError: forget.jsonl: line 3, column 9: not valid JSON
     """
+
+
+def needs(package: str, extra: str = "train") -> str:
+    """What to do about a package that is not there.
+
+    >>> needs("transformers.trainer")
+    "needs the package transformers, which is not installed: pip install '.[train]' in the folder of trace-kernels"
+    """
+    name = package.split(".")[0]
+    return f"needs the package {name}, which is not installed: pip install '.[{extra}]' in the folder of trace-kernels"

@@ -85,10 +85,19 @@ def _cuda_problem(module: ModuleType) -> str | None:
 
 
 def runs_on(archs: str, capability: str) -> bool:
-    """Whether one of the compiled `archs` ("80,90") is for a card of `capability` ("89"): same major version."""
-    found = (re.fullmatch(r"(\d+)(\d)", arch) for arch in re.split("[,;]", archs))
-    major, minor = capability[:-1], capability[-1]
-    return any(match and match[1] == major and match[2] <= minor for match in found)
+    """Whether one of the compiled `archs` ("80,90-real") is for a card of `capability` ("89"): same major version.
+
+    "80-virtual" is code that the driver compiles, for any card from 80 on.
+    """
+    major, minor = int(capability[:-1]), int(capability[-1])
+    for arch in re.split("[,;]", archs):
+        match = re.fullmatch(r"(\d+)(\d)(-real|-virtual)?", arch)
+        if match is None:
+            continue
+        built = int(match[1]), int(match[2])
+        if built <= (major, minor) and (built[0] == major or match[3] == "-virtual"):
+            return True
+    return False
 
 
 def num_threads() -> int:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trace_unlearn.checks import meant
-from trace_unlearn.errors import UserError
+from trace_unlearn.errors import UserError, needs
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -111,6 +111,10 @@ def _run(words: list[str]) -> int:
             run_verb(name, rest)
     except UserError as error:
         return _fail(f"{PROGRAM} {name}", str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("trace_unlearn", "trace_kernels"):
+            raise
+        return _fail(f"{PROGRAM} {name}", needs(error.name))
     except KeyboardInterrupt:
         print(f"\n{PROGRAM} {name}: interrupted", file=sys.stderr)
         return INTERRUPTED

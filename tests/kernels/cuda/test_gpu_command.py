@@ -184,6 +184,10 @@ def test_cards_that_a_module_is_for():
     assert runs_on("80,90,100", "89")
     assert not runs_on("90,100", "89")
     assert not runs_on("80", "75")
+    assert runs_on("90-real,80-virtual", "90")
+    assert runs_on("90-real,80-virtual", "120")
+    assert not runs_on("90-real,80-virtual", "75")
+    assert not runs_on("90-real", "89")
     assert not runs_on("90a", "90")
 
 
