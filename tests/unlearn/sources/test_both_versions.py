@@ -103,7 +103,8 @@ torch.save(model(input_ids=ids).logits.detach(), sys.argv[2])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama"])
 def test_an_older_transformers_computes_the_same(family, rope, tmp_path):
     folder = tmp_path / "model"
-    written(folder, family, rope_parameters=rope, head_dim=8)  # Mixtral with YaRN and no head_dim fails in transformers 5
+    # Without a head_dim, Mixtral with YaRN fails in transformers 5 itself.
+    written(folder, family, rope_parameters=rope, head_dim=8)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [OLDER, "-c", READ, str(folder), str(tmp_path / "logits.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
