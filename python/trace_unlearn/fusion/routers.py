@@ -23,7 +23,9 @@ _TRIAL_TOKENS = 64
 def fuse_routers(model: nn.Module) -> FusedRouters:
     """Replaces score function, top-k and renormalisation of every router by one `router_topk` call.
 
-    The experts chosen stay the same (where two of them tie, the lowest index wins), the weights too up to rounding, and
+    The experts chosen stay the same, but where two of them tie the lowest index wins, and torch follows no rule. In
+    float32 ties do not occur in practice. In bfloat16 they do: with 128 experts of which 8 are taken, 3.1 % of random
+    tokens get another set of experts, of equal logits. The weights stay the same up to rounding, and
     so do gradients. Parameters and state dict are untouched. Before a router is replaced, both ways are run on random
     tokens; so a transformers release that changed it is refused instead of changed silently. Under autocast, routers
     whose scores it rounds before the choice run as transformers has them.
