@@ -77,7 +77,8 @@ def linear_cross_entropy(linear, dtype, bias, softcap, device="cpu"):
         finite = torch.isfinite(expected.logp)
         assert torch.equal(torch.isfinite(found.logp), finite)
         close([found.logp[finite], *found[1:]], [expected.logp[finite], *expected[1:]])
-        distinct = torch.where(targets == targets[:, :1], NO_LABEL, targets)
+        repeated = (targets == targets[:, :1]) & (targets != -100)
+        distinct = torch.where(repeated, NO_LABEL, targets)
         distinct[:, 0] = targets[:, 0]
         gradient = Gradient(row_weight, row_weight.flip(0) if entropy else None, distinct.float().sin())
         several = call._replace(target=distinct)

@@ -19,7 +19,15 @@ from trace_kernels.testing.conformance import discover, errors
 pytestmark = pytest.mark.skipif(
     triton_backend.interpreter_unavailable() is not None, reason=str(triton_backend.interpreter_unavailable())
 )
-OPS = ("record_routing_", "router_topk", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "linear_kl")
+OPS = (
+    "record_routing_",
+    "router_topk",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_log_prob",
+    "linear_token_stats",
+    "linear_kl",
+)
 # The interpreter takes milliseconds for each program of a launch.
 MOST_TOKENS = 64
 MOST_CASES = {"router_topk": 30, "linear_cross_entropy": 24}
@@ -29,6 +37,7 @@ def small_cases(op):
     """Cases of few tokens, spread over the list, in all three dtypes."""
     cases = [case for case in op.cases if not case.benchmark and case.sizes["T"] <= MOST_TOKENS]
     cases = [case for case in cases if case.dtype != torch.float64]
+    cases.sort(key=lambda case: str(case.dtype))  # otherwise a step can meet one dtype only
     step = -(-len(cases) // MOST_CASES.get(op.function.__name__, 12))
     return cases[::step]
 

@@ -89,7 +89,7 @@ def test_weights_and_references_are_found_behind_padding_on_the_left(method, fir
             made = trainer(tmp_path, tokenizer, method, side, forget, experts_per_layer=2)
             made.train_dataset.retain = labelled
             made._weights.clear()
-            made._weigh("balance", 2, 0.5)
+            made._weigh("balance", "token", 2, 0.5)
         found[side] = losses(made)
     if first_label == 1:
         assert found["left"] == pytest.approx(found["right"], abs=2e-4)

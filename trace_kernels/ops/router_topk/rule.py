@@ -12,6 +12,11 @@ SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
 GROUP_SCORES = ("max", "sum_top2", "sum_topk")
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace ctypes
+def _in_float32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
 @dataclass(frozen=True)
 class Rule:
     """The arguments of `router_topk` of the same names."""
@@ -32,7 +37,7 @@ class Rule:
     ) -> Rule:
         """The rule for logits of `dtype`, with eps as its arithmetic sees it: what is 0 to a kernel is 0 here too."""
         if eps != 0.0 and dtype != torch.float64:
-            eps = ctypes.c_float(eps).value
+            eps = _in_float32(eps)
         return cls(k, score_function, renormalize, scale, eps, *rest)
 
     @property
