@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(kRowThreads) block_kernel(Block p, T* dz, Stat
   }
   // Every thread has read the state before thread 0 writes it: the loop below has a barrier, and width is above 0.
   int turn = 0;
+#pragma unroll 1
   for (int start = 0; start < p.width; start += kTile, turn ^= 1) {
     const int column = start + thread * kStep;
     Mapped mapped[kStep];
@@ -138,6 +139,7 @@ __global__ void __launch_bounds__(kRowThreads) block_kernel(Block p, T* dz, Stat
         before *= rescale;
         // A thread wrote what it reads here, in this launch; other blocks of columns were written by earlier ones.
         if (WRITE) {
+#pragma unroll 2
           for (int done = thread * kStep; done < p.first + start; done += kTile) {
 #pragma unroll
             for (int i = 0; i < kStep; ++i) dz[done + i] = from_float<T>(to_float(dz[done + i]) * rescale);
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(kRowThreads) block_kernel(Block p, T* dz, Stat
       for (int i = kStep - 1; i >= 0; --i) {
         if (mapped[i].x == best) place = column + i;
       }
+#pragma unroll
       for (int bits = kWarpSize / 2; bits > 0; bits /= 2) place = min(place, __shfl_xor_sync(kAllLanes, place, bits));
       if (lane == 0) shared.places[warp] = place;
       __syncthreads();
@@ -271,6 +274,7 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(Block p, T* dz, G
     store_step(dz, column, p.width, values);
   }
   __syncthreads();  // what follows is written by whichever thread
+#pragma unroll 1
   for (int k = thread; k < p.num_targets; k += kRowThreads) {
     const int label = p.place(p.target(row, k));
     if (label < 0 || label >= p.width) continue;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) record_kernel(const Index* indices, 
       if (p.table != nullptr) sum += p.table[e];
     };
     if constexpr (WIDE) {
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t j = 0; j < p.top_k; j += kVector<Index>) {
         const Vector<Index> vector = load_vector(row + j);
 #pragma unroll
