@@ -27,20 +27,8 @@ ORDER = {
 }
 GATES = {"trace_unlearn", "trace_unlearn.__main__", "trace_kernels", "trace_kernels.__main__"}  # they open all rooms
 DISCOVERS = "trace_kernels.testing.conformance"  # finds the cases of every op by walking their folder
-#: The one circle that is left.
-CIRCLE = ("trace_kernels.ops.linear_cross_entropy.chunked", "trace_kernels.ops.linear_cross_entropy.fused")
 #: What an op still takes from another; the list may only get shorter.
-BETWEEN_OPS = {
-    "cross_entropy.cases": {"linear_cross_entropy.cases"},
-    "cross_entropy.native": {"linear_cross_entropy.native"},
-    "linear_cross_entropy.log_prob": {"cross_entropy.reference"},
-    "linear_cross_entropy.reference": {"cross_entropy.reference"},
-    "linear_kl.cases": {"linear_cross_entropy.cases"},
-    "linear_kl.native": {"linear_cross_entropy.native"},
-    "linear_kl.op": {"linear_cross_entropy.log_prob"},
-    "linear_kl.reference": {"cross_entropy.reference", "linear_cross_entropy.reference"},
-    "router_topk.op": {"record_routing.op"},
-}
+BETWEEN_OPS = {"router_topk.op": {"record_routing.op"}}
 
 
 def files(package: str) -> dict[str, Path]:
@@ -104,7 +92,6 @@ def test_only_pages_draw_and_only_verbs_parse():
 
 def test_no_file_imports_itself_by_way_of_others():
     graph = {name: ours(name) - GATES for name in MODULES}
-    graph[CIRCLE[0]].discard(CIRCLE[1])
     graphlib.TopologicalSorter(graph).prepare()
 
 
