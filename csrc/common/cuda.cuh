@@ -1,7 +1,7 @@
 // What every CUDA kernel shares: launching, element types, 16-byte loads, reductions over a warp.
 //
-// A kernel names its shared memory by TK_SHARED and starts through launch(), so that tests/kernels/cuda/emulation.h can run
-// the same source on the CPU.
+// A kernel names its shared memory by TK_SHARED and starts through launch(), so that tests/kernels/cuda/emulation.h can
+// run the same source on the CPU.
 #pragma once
 
 #include <algorithm>

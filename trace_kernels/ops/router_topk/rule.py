@@ -12,7 +12,8 @@ SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
 GROUP_SCORES = ("max", "sum_top2", "sum_topk")
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace ctypes
+# torch.compile cannot trace ctypes.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_float32(value: float) -> float:
     return ctypes.c_float(value).value
 
