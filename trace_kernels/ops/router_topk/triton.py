@@ -137,15 +137,16 @@ def forward_kernel(
         for slot in range(K):
             other = tl.sum(tl.where(slots == slot, index, 0), axis=1)[:, None]
             wrong = wrong | (used & (slots != slot) & (index == other))
-    for slot in range(0 if GIVEN else K):
-        best = tl.max(key, axis=1)[:, None]
-        if NARROW:
-            found = 0xFFFF - (best & 0xFFFF)
-            key = tl.where(key == best, NONE_32, key)
-        else:
-            found = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-            key = tl.where(key == best, NONE, key)
-        index = tl.where(slots == slot, found, index)
+    else:
+        for slot in range(K):
+            best = tl.max(key, axis=1)[:, None]
+            if NARROW:
+                found = 0xFFFF - (best & 0xFFFF)
+                key = tl.where(key == best, NONE_32, key)
+            else:
+                found = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+                key = tl.where(key == best, NONE, key)
+            index = tl.where(slots == slot, found, index)
 
     picked = tl.load(
         logits + rows[:, None] * stride_t + index.to(tl.int64) * stride_e, mask=used, other=0.0
