@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/tile_kernels.h"
+#include "common/workspace.h"
 
 namespace tk {
 
@@ -91,5 +93,38 @@ inline void pack_share(const TileKernels& kernels, const Rows& source, int64_t r
     kernels.pack_a(rows_from(source, r0 + first), std::min(rows, last) - first, last - first, k_elems, rows_a,
                    a + first * kKS);
 }
+
+// A pass of all blocks of rows over the vocabulary.
+class BlockPass {
+ public:
+  virtual ~BlockPass() = default;
+  // Returns how many threads shared the columns of a block: the runtime may grant fewer threads than planned, and then
+  // one group of them does everything.
+  int run() {
+    int members = plan_.members;
+    parallel(plan_.members * plan_.groups, [&](int thread, int of) {
+      const bool as_planned = of == plan_.members * plan_.groups;
+      const int own_members = as_planned ? plan_.members : std::min(of, plan_.members);
+      const int groups = as_planned ? plan_.groups : 1, group = thread / own_members;
+      if (thread == 0) members = own_members;
+      if (group >= groups) return;
+      const FlushDenormals flush;
+      const int64_t step = plan_.block_rows;
+      for (int64_t r0 = group * step; r0 < num_rows_; r0 += groups * step)
+        block(r0, std::min(step, num_rows_ - r0), group, thread % own_members, own_members);
+    });
+    return members;
+  }
+
+ protected:
+  BlockPass(int64_t num_rows, const Plan& plan) : plan_(plan), num_rows_(num_rows), barriers_(plan.groups) {}
+  // One member's part of a block; all members of the group are in it at the same time.
+  virtual void block(int64_t r0, int64_t rows, int group, int member, int members) = 0;
+
+  const Plan& plan_;
+  const int64_t num_rows_;
+  std::vector<Barrier> barriers_;  // of the groups
+  Workspace memory_;
+};
 
 }  // namespace tk

@@ -50,13 +50,13 @@ struct Stashed {
   float *coefficient = nullptr, *target_value = nullptr;
 };
 
-class Forward {
+class Forward final : public BlockPass {
  public:
   // known: the gradient whose product with the head is wanted, where the logsumexp is known; or null.
   Forward(const Problem& p, const Outputs& out, const Plan& plan, const Stashed& stashed, const RowGradient* known)
-      : p_(p),
+      : BlockPass(p.num_rows, plan),
+        p_(p),
         out_(out),
-        plan_(plan),
         stashed_(stashed),
         known_(known),
         K_(p.targets.count),
@@ -80,24 +80,6 @@ class Forward {
       }
     }
     memory_.allocate();
-    barriers_ = std::vector<Barrier>(plan_.groups);
-  }
-
-  int num_threads() const { return plan_.members * plan_.groups; }
-  // The threads that shared the columns in the last run.
-  int parts() const { return parts_; }
-
-  void run(int thread, int num_threads) {
-    // The runtime may have granted fewer threads than planned: then one group of them does everything.
-    const bool as_planned = num_threads == this->num_threads();
-    const int members = as_planned ? plan_.members : std::min(num_threads, plan_.members);
-    const int groups = as_planned ? plan_.groups : 1;
-    const int group = thread / members, member = thread % members;
-    if (group >= groups) return;
-    if (thread == 0) parts_ = members;
-    const FlushDenormals flush;
-    for (int64_t r0 = group * plan_.block_rows; r0 < p_.num_rows; r0 += groups * plan_.block_rows)
-      block(r0, std::min(plan_.block_rows, p_.num_rows - r0), group, member, members);
   }
 
  private:
@@ -120,7 +102,7 @@ class Forward {
             entropy() ? memory_.at<float>(mine.gap) : nullptr};
   }
 
-  void block(int64_t r0, int64_t rows, int group, int member, int members) {
+  void block(int64_t r0, int64_t rows, int group, int member, int members) override {
     const GroupMemory& shared = groups_[group];
     const ThreadMemory& mine = memory_of(group, member);
     const int64_t block_rows = plan_.block_rows;
@@ -316,17 +298,13 @@ class Forward {
  private:
   const Problem& p_;
   const Outputs& out_;
-  const Plan& plan_;
   const Stashed& stashed_;
   const RowGradient* known_;
   const int64_t K_;
   const TileKernels& kernels_;
-  int parts_ = 1;
   int64_t h2_, ldd_, cols_, c2_;
   std::vector<GroupMemory> groups_;
   std::vector<ThreadMemory> threads_;
-  Workspace memory_;
-  std::vector<Barrier> barriers_;
 };
 
 Plan plan_of(const Problem& p, bool gradient, int threads) {
@@ -357,9 +335,7 @@ Problem problem_of(uintptr_t hidden, uintptr_t weight, int type, int64_t num_row
 }
 
 int run(const Problem& p, const Outputs& out, const Plan& plan, const Stashed& stashed, const RowGradient* known) {
-  Forward forward(p, out, plan, stashed, known);
-  parallel(forward.num_threads(), [&](int thread, int of) { forward.run(thread, of); });
-  return forward.parts();
+  return Forward(p, out, plan, stashed, known).run();
 }
 
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }

@@ -10,14 +10,14 @@
 namespace tk::linear_kl {
 namespace {
 
-class Forward {
+class Forward final : public BlockPass {
  public:
   Forward(const Problem& p, const Outputs& out, const Plan& plan)
-      : p_(p),
+      : BlockPass(p.num_rows, plan),
+        p_(p),
         out_(out),
         kernels_(tile_kernels(p.policy.weight.type)),
-        ref_kernels_(tile_kernels(p.ref.weight.type)),
-        plan_(plan) {
+        ref_kernels_(tile_kernels(p.ref.weight.type)) {
     const bool gradient = out_.dhidden != nullptr;
     h2_ = k_dwords(kernels_, p_.policy.width);
     r2_ = k_dwords(ref_kernels_, p_.ref.width);
@@ -39,19 +39,6 @@ class Forward {
     for (const ThreadMemory& thread : threads_)
       sums_.push_back(Sums::at(memory_.at<float>(thread.sums), memory_.at<double>(thread.cross),
                                memory_.at<int64_t>(thread.top), rows));
-    barriers_ = std::vector<Barrier>(plan_.groups);
-  }
-
-  void run(int thread, int num_threads) {
-    // The runtime may have granted fewer threads than planned: then one group of them does everything.
-    const bool as_planned = num_threads == plan_.members * plan_.groups;
-    const int members = as_planned ? plan_.members : std::min(num_threads, plan_.members);
-    const int groups = as_planned ? plan_.groups : 1;
-    const int group = thread / members, member = thread % members;
-    if (group >= groups) return;
-    const FlushDenormals flush;
-    for (int64_t r0 = group * plan_.block_rows; r0 < p_.num_rows; r0 += groups * plan_.block_rows)
-      block(r0, std::min(plan_.block_rows, p_.num_rows - r0), group, member, members);
   }
 
  private:
@@ -68,7 +55,7 @@ class Forward {
     return memory_.at<float>(mine.d) + (r / plan_.tile_rows * 2 * plan_.tile_rows + r % plan_.tile_rows) * ldd_;
   }
 
-  void block(int64_t r0, int64_t rows, int group, int member, int members) {
+  void block(int64_t r0, int64_t rows, int group, int member, int members) override {
     const GroupMemory& shared = groups_[group];
     Barrier& barrier = barriers_[group];
     pack_share(kernels_, p_.policy.hidden, r0, rows, p_.policy.width, plan_.block_rows, memory_.at<uint32_t>(shared.a),
@@ -167,13 +154,10 @@ class Forward {
   const Outputs& out_;
   const TileKernels& kernels_;
   const TileKernels& ref_kernels_;
-  const Plan& plan_;
   int64_t h2_, r2_, ldd_;
   std::vector<GroupMemory> groups_;
   std::vector<ThreadMemory> threads_;
   std::vector<Sums> sums_;
-  Workspace memory_;
-  std::vector<Barrier> barriers_;
 };
 
 }  // namespace
@@ -189,9 +173,6 @@ Plan four_products_plan(const Problem& p, bool gradient, int threads) {
   return plan;
 }
 
-void forward_four_products(const Problem& p, const Outputs& out, const Plan& plan) {
-  Forward forward(p, out, plan);
-  parallel(plan.members * plan.groups, [&](int thread, int of) { forward.run(thread, of); });
-}
+void forward_four_products(const Problem& p, const Outputs& out, const Plan& plan) { Forward(p, out, plan).run(); }
 
 }  // namespace tk::linear_kl
