@@ -14,6 +14,7 @@ from studies import units
 from studies.method_study.cells import UNIFORM, Arm
 from studies.method_study.work import arm_tasks, model_folder
 from studies.method_study.worlds import SIZES, Sizes
+from studies.units.arms import restore
 from studies.units.cells import RANGES, SEEDS, ordered
 from trace_unlearn.demo.workers import TaskBar, run_tasks
 from trace_unlearn.errors import UserError
@@ -21,6 +22,7 @@ from trace_unlearn.files import read_json, write_json, write_text
 from trace_unlearn.verbs.lock import alone
 
 MARKER = "sizes.json"
+ARMS = "arms"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +37,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, choices=SEEDS, nargs="+", default=list(SEEDS), help="only these models")
     parser.add_argument("--uniform-only", action="store_true", help="only the arms whose weights are all 1")
     parser.add_argument("--report-only", action="store_true", help="no computation: the tables of what is there")
-    parser.add_argument("--publish", type=Path, help="the folder whose tables, figure and record to bring up to date")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        help="go on from the arms in this folder, and bring its arms, tables, figure and record up to date",
+    )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs: allowed are numbers from 1")
@@ -86,6 +92,7 @@ def _report(options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.machine import describe
+    from studies.units.arms import keep
     from studies.units.figure import draw
     from studies.units.report import markdown
     from studies.units.results import collect, read_runs
@@ -95,6 +102,7 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(f"--output: {options.output} holds no finished arm")
     results = collect(runs, describe(torch.device("cpu")))
     folder = options.publish or options.output
+    keep(runs, folder / ARMS)
     write_text(folder / "results.json", json.dumps(results) + "\n")
     write_text(folder / "results.md", f"# Results\n\n{markdown(results)}")
     draw(results, folder / "frontier.png")
@@ -104,6 +112,8 @@ def _report(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        if options.publish is not None and (laid := restore(options.publish / ARMS, options.output)):
+            print(f"{laid} finished arms from {options.publish / ARMS}", flush=True)
         if not options.report_only:
             with contextlib.ExitStack() as stack:
                 for corpus in options.corpus:

@@ -14,7 +14,7 @@ from studies.method_study.statistics import Difference
 from studies.method_study.work import adjacent_weight, arm_file, as_heavy, oracle
 from studies.method_study.worlds import Facts
 from studies.units import __main__ as units
-from studies.units import cells, contrasts, report, results
+from studies.units import arms, cells, contrasts, report, results
 from trace_unlearn.calibration.calibrate import calibrate
 from trace_unlearn.errors import UserError
 from trace_unlearn.files import read_json
@@ -30,11 +30,11 @@ def test_every_arm_is_planned_once_and_every_contrast_has_its_arms():
     assert {seed for seed, _ in planned} == set(range(12, 24))
     names = [(seed, arm.corpus, arm.name) for seed, arm in planned]
     assert len(set(names)) == len(names)
-    arms = {arm for _, arm in planned}
+    known = {arm for _, arm in planned}
     for contrast in contrasts.CONTRASTS:
-        assert {contrast.arm, contrast.against} <= arms
-    assert all(arm in arms for lines in contrasts.FRONTIER.values() for line in lines.values() for arm in line)
-    assert len({results.label(arm) for arm in arms}) == len(arms)
+        assert {contrast.arm, contrast.against} <= known
+    assert all(arm in known for lines in contrasts.FRONTIER.values() for line in lines.values() for arm in line)
+    assert len({results.label(arm) for arm in known}) == len(known)
 
 
 def test_families_have_the_sizes_of_the_protocol():
@@ -219,6 +219,21 @@ def test_a_stopped_study_goes_on_and_reports(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["arms"] == 12
     assert (tmp_path / "results.md").read_text() == f"# Results\n\n{report.markdown(record)}"
+
+
+def test_arms_kept_come_back_the_same(tmp_path):
+    arm = cells.shuffled(cells.FACTS)
+    run = {
+        "seed": 12,
+        "arm": dataclasses.asdict(arm),
+        "curve": [{"step": 0, "F_nll": 0.5}, {"step": 4, "F_nll": None}],
+        "diverged": "",
+        "calibration": {"ess": 0.5},
+    }
+    arms.keep({(12, arm): run}, tmp_path / "arms")
+    assert arms.restore(tmp_path / "arms", tmp_path / "runs") == 1
+    assert read_json(arm_file(tmp_path / "runs", 12, arm)) == run
+    assert arms.restore(tmp_path / "arms", tmp_path / "runs") == 0  # what is there stays
 
 
 def test_another_size_is_refused(tmp_path, monkeypatch, capsys):
