@@ -1,4 +1,4 @@
-"""A plain transformers Trainer whose model never computes logits: one line, `fuse_loss(model)`, before it."""
+"""A plain transformers Trainer, in mixed precision, whose model never computes logits: `fuse_loss(model)` before it."""
 
 import tempfile
 
@@ -25,7 +25,7 @@ def tiny_model() -> Qwen3MoeForCausalLM:
     )
 
 
-def train(model: Qwen3MoeForCausalLM) -> list[float]:
+def train(model: Qwen3MoeForCausalLM, bf16: bool = True) -> list[float]:
     """The losses of four steps, each of two micro-batches, on rows of which a third bears no loss."""
     ids = torch.randint(500, (16, 24), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -39,6 +39,7 @@ def train(model: Qwen3MoeForCausalLM) -> list[float]:
             gradient_accumulation_steps=2,
             learning_rate=1e-3,
             logging_steps=1,
+            bf16=bf16,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
@@ -54,7 +55,7 @@ def main() -> dict[str, list[float]]:
     model = tiny_model()
     undo = fuse_loss(model)
     fused = train(model)
-    undo()
+    undo()  # the model computes logits again, for generation or another tool
     return {"plain": plain, "fused": fused}
 
 

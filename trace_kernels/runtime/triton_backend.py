@@ -31,7 +31,7 @@ def interpreting() -> bool:
 def _version() -> tuple[tuple[int, ...], str | None]:
     """Triton's version, or why it cannot be used."""
     if importlib.util.find_spec("triton") is None:
-        return (), "triton is not installed: pip install 'trace-kernels[triton]'"
+        return (), "triton is not installed: pip install triton"
     try:
         version: str = importlib.import_module("triton").__version__
     except ImportError as error:

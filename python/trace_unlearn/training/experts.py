@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +15,7 @@ from trace_unlearn.errors import UserError
 from trace_unlearn.routing.routers import layers_of, router_of
 from trace_unlearn.routing.statistics import RoutingStatistics
 
-MASKED = "_trace_masked_rows"  # marks a parameter of which some rows are trained
+_SLOT = "_trace_trained_rows"  # of a module of experts: its `_TrainedRows`
 Pair = tuple[int, int]
 
 
@@ -21,6 +24,8 @@ def train_experts(model: torch.nn.Module, pairs: Sequence[Pair], *, routers: boo
 
     Of stacked weights [E, ...] the gradients of the other experts' rows are set to zero, so that optimisers leave these
     rows as they are, unless they decay weights. Gradients and optimiser states still have the size of the whole stack.
+    Copies and pickles of the model train the same experts. A second call replaces the first one. Weights that are put
+    in the place of these (`load_state_dict(..., assign=True)`) are trained whole: call this afterwards.
 
     Args:
         model: an MoE language model, not wrapped.
@@ -44,9 +49,12 @@ def train_experts(model: torch.nn.Module, pairs: Sequence[Pair], *, routers: boo
         raise UserError("experts: got none to train")
     trained = 0
     chosen = layers_of(model, pairs, "experts")
+    for module in model.modules():
+        if (earlier := module.__dict__.pop(_SLOT, None)) is not None:
+            earlier.remove()
     model.requires_grad_(False)
     for layer, experts in chosen.values():
-        matched = 0
+        matched, stacked = 0, {}
         for name, parameter in layer.experts_module.named_parameters():
             first = name.partition(".")[0]
             if first.isdigit():  # a list of experts, each a module of its own
@@ -55,11 +63,12 @@ def train_experts(model: torch.nn.Module, pairs: Sequence[Pair], *, routers: boo
                     matched += parameter.numel()
             elif parameter.dim() and parameter.shape[0] == layer.num_experts:
                 parameter.requires_grad_(True)
-                rows = sorted(set(experts))
-                _mask_rows(parameter, rows)
-                matched += parameter.numel() // layer.num_experts * len(rows)
+                stacked[name] = parameter
+                matched += parameter.numel() // layer.num_experts * len(set(experts))
         if not matched:
             raise UserError(f"experts: {layer.name} has no parameters of single experts to train")
+        if stacked:
+            layer.experts_module.__dict__[_SLOT] = _TrainedRows(stacked, sorted(set(experts)))
         if routers:
             for parameter in router_of(model, layer)[1].parameters():
                 parameter.requires_grad_(True)
@@ -68,24 +77,54 @@ def train_experts(model: torch.nn.Module, pairs: Sequence[Pair], *, routers: boo
     return trained
 
 
-def _mask_rows(parameter: torch.nn.Parameter, rows: list[int]) -> None:
-    def mask(gradient: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(gradient)
-        kept[rows] = gradient[rows]
-        return kept
+class _TrainedRows:
+    """Hooks that set the gradients of all other rows to zero; in a copy of the module, its own parameters get them.
 
-    parameter.register_hook(mask)  # type: ignore[no-untyped-call]
-    setattr(parameter, MASKED, rows)
+    A copy of a parameter alone has no hooks, and would be trained whole.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], rows: list[int]) -> None:
+        self.parameters, self.rows = parameters, rows
+        mask: Any = functools.partial(_only, rows)
+        self._handles: list[Any] = [parameter.register_hook(mask) for parameter in parameters.values()]  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TrainedRows:
+        return _TrainedRows(copy.deepcopy(self.parameters, memo), list(self.rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _TrainedRows, (self.parameters, self.rows)
+
+
+def _only(rows: list[int], gradient: torch.Tensor) -> torch.Tensor:
+    kept = torch.zeros_like(gradient)
+    kept[rows] = gradient[rows]
+    return kept
 
 
 def check_masks(model: torch.nn.Module, weight_decay: float, sharded: bool) -> None:
     """UserError where the rows of other experts would change, or could not be told apart."""
-    if not any(hasattr(parameter, MASKED) for parameter in model.parameters()):
+    masked = {
+        name: (module, found)
+        for name, module in model.named_modules()
+        if (found := module.__dict__.get(_SLOT)) is not None
+    }
+    if not masked:
         return
     if weight_decay:
         raise UserError(f"weight_decay: got {weight_decay}, allowed is 0 with experts: it would decay the others too")
     if sharded:
         raise UserError("experts: FSDP and DeepSpeed split the stacked weights, whose rows are then not found")
+    for name, (module, found) in masked.items():
+        there = dict(module.named_parameters())
+        if replaced := [key for key, parameter in found.parameters.items() if there.get(key) is not parameter]:
+            raise UserError(
+                f"experts: {', '.join(replaced)} of {name} was replaced after train_experts, and would be trained "
+                "whole; call train_experts again"
+            )
 
 
 def check_words(words: Sequence[str], calibration: str | None, profile: str | None) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import trace_kernels as tk
 from trace_unlearn.errors import UserError
 from trace_unlearn.fusion.loss import fuse_loss, fused_loss_of
+from trace_unlearn.routing.hooks import Hook
 from trace_unlearn.routing.recorder import unwrap
 from trace_unlearn.routing.routers import RouterProbabilities
 from trace_unlearn.training.config import TraceConfig
@@ -276,7 +277,7 @@ class _Layer:
     def __enter__(self) -> _Layer:
         self._owner.layers = self._layers[: self.number + 1]
         # At the norm that follows: a hook on the layer would fire inside gradient checkpointing, without a graph.
-        self._hook = self._owner.norm.register_forward_pre_hook(self._keep)
+        self._hook = self._owner.norm.register_forward_pre_hook(Hook(self._keep))
         return self
 
     def __exit__(self, *error: object) -> None:

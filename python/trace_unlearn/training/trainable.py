@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trace_unlearn.errors import UserError
+from trace_unlearn.errors import UserError, needs
 
 
 def train_only(model: torch.nn.Module, patterns: Sequence[str]) -> int:
@@ -80,7 +80,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("lora: needs the package peft (pip install 'trace-kernels[train]')") from error
+        raise UserError(f"lora: {needs('peft')}") from error
     for kind, ends, present in (
         ("lora_modules", options.modules, [name for name, _ in model.named_modules()]),
         ("lora_parameters", options.parameters, [name for name, _ in model.named_parameters()]),

@@ -13,6 +13,7 @@ from trace_unlearn.evaluation.attacks.quantize import rounded
 from trace_unlearn.evaluation.attacks.standing import standing
 from trace_unlearn.routing.recorder import RoutingRecorder, moe_layers
 from trace_unlearn.sources.data import load_tokens
+from trace_unlearn.training.trainable import LoraOptions, add_lora
 from trace_unlearn.verbs import cli
 
 WORDS = tiny.tokenizer()
@@ -52,6 +53,42 @@ def test_experts_and_linear_layers_are_rounded_and_nothing_else(family):
     assert changed == {name for name in before if not any(part in name for part in spared) and "inv_freq" not in name}
     assert any("experts" in name for name in changed)
     assert numbers == sum(before[name].numel() for name in changed)
+
+
+@pytest.mark.parametrize("options", [{"modules": ("q_proj",)}, {"modules": (), "parameters": ("experts.down_proj",)}])
+@torch.no_grad()
+def test_adapters_are_merged_first(options):
+    model = add_lora(tiny.model("qwen3_moe"), LoraOptions(rank=4, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for one in (model, model.base_model.model):
+        with pytest.raises(UserError, match=r"quantize: .*has adapters.*merge_and_unload"):
+            quantize_(one, 4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    logits = model(IDS).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, logits)
+    layer = merged.model.layers[1]
+    for weight in (layer.self_attn.q_proj.weight, layer.mlp.experts.down_proj):
+        expected = rounded(weight.flatten(0, -2), 4, 16).view_as(weight)
+        quantize_(merged, 4, group_size=16)
+        torch.testing.assert_close(weight.data, expected)
+
+
+def test_weights_that_are_not_simply_there_are_refused():
+    model = tiny.model("mixtral")
+    linear = model.model.layers[1].self_attn.q_proj
+    torch.nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj computes its weight anew"):
+        quantize_(model, 4)
+    model = tiny.model("mixtral")
+    linear = model.model.layers[1].self_attn.q_proj
+    for dtype in (torch.uint8, torch.float8_e4m3fn):
+        linear.weight = torch.nn.Parameter(torch.zeros(8, 2, dtype=dtype), requires_grad=False)
+        with pytest.raises(UserError, match=rf"layers\.1\.self_attn\.q_proj is quantised .*{dtype}"):
+            quantize_(model, 4)
 
 
 @torch.no_grad()

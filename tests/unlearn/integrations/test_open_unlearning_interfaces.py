@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trace_unlearn.errors import UserError
 from trace_unlearn.integrations.open_unlearning.documents import document_key
 from trace_unlearn.integrations.open_unlearning.losses import largest_less_mean, trainer_class
-from trace_unlearn.integrations.open_unlearning.versions import bridged
+from trace_unlearn.integrations.open_unlearning.versions import bridged, on_float_logits
 
 
 def documents(number, seed, vocabulary, first_label=0):
@@ -67,6 +67,23 @@ def test_evaluation_before_during_and_after_training_finds_tokenizer_and_logits(
     assert made.evaluate(metric_key_prefix="eval")["measure"] == 4.0  # the first, two epochs, the last
     assert seen == [(tokenizer.pad_token_id, (1, 5, len(tokenizer)))] * 4
     assert [entry["measure"] for entry in made.state.log_history if "measure" in entry] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_measures_see_float32_logits_of_a_bfloat16_model(tokenizer):
+    """Its own reads a reference model, too, and hands probabilities to NumPy."""
+    ids = torch.arange(4, 9)[None]
+    models = [tiny.model(family, len(tokenizer)).bfloat16() for family in ("qwen3_moe", "mixtral")]
+
+    def evaluate(model):
+        return [one(input_ids=ids).logits.exp().detach().numpy() for one in (model, models[1])]
+
+    with pytest.raises(TypeError, match="BFloat16"):
+        evaluate(models[0])
+    found = on_float_logits(evaluate)(models[0])
+    for one, seen in zip(models, found, strict=True):
+        logits = one(input_ids=ids).logits
+        assert logits.dtype == torch.bfloat16  # after it as before
+        assert (seen == logits.float().exp().detach().numpy()).all()
 
 
 def test_micro_batches_are_averaged(tmp_path, tokenizer):

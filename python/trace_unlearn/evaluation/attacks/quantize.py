@@ -36,7 +36,8 @@ def quantize_(model: PreTrainedModel, bits: int, *, group_size: int = 128) -> in
         How many numbers were rounded.
 
     Raises:
-        UserError: bits or group_size out of range, or no weight to round.
+        UserError: bits or group_size out of range, no weight to round, or one that is not simply there: of a layer with
+            adapters (merge them first), that is parametrised, or that is quantised already.
 
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM
@@ -82,6 +83,7 @@ def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
 def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
     """Of linear layers and stacked experts, each once, without the output layer's and the routers'."""
     inner = unwrap(model)
+    _check_plain(inner)
     spared: set[int] = set()
     experts: list[nn.Module] = []
     try:
@@ -101,3 +103,25 @@ def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
     for module in experts:
         found.update({id(p): p for name, p in module.named_parameters() if p.dim() == 3 and "bias" not in name})
     return [weight for key, weight in found.items() if key not in spared]
+
+
+def _check_plain(model: nn.Module) -> None:
+    """UserError where rounding what is stored is not rounding what is computed with."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise UserError(
+                f"quantize: {name} has adapters, whose product with the weight is what a checkpoint would hold; "
+                "merge them first (model = model.merge_and_unload())"
+            )
+        if nn.utils.parametrize.is_parametrized(module):
+            raise UserError(
+                f"quantize: {name} computes its weight anew at each forward; remove its parametrizations first"
+            )
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and not _is_plain(weight):
+            kind = type(weight).__name__ if type(weight) is not nn.Parameter else weight.dtype
+            raise UserError(f"quantize: the weight of {name} is quantised or stored otherwise already ({kind})")
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from trace_unlearn.errors import UserError
+from trace_unlearn.errors import UserError, needs
 from trace_unlearn.evaluation.suites.suite import Suite, check_number, text, texts
 from trace_unlearn.sources.hub import cached_if_away
 from trace_unlearn.sources.records import Record, read_records
@@ -25,7 +25,7 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclasses.dataclass
 class Harness(Suite):
-    """Tasks of lm-evaluation-harness (the extra trace-kernels[lm-eval]).
+    """Tasks of lm-evaluation-harness (the extra `lm-eval`).
 
     Attributes:
         tasks: its names, such as wmdp_bio, wmdp_cyber and mmlu; groups are aggregated as it defines.
@@ -59,7 +59,7 @@ class Harness(Suite):
         if both := set(self.tasks) & set(self.questions):
             raise UserError(f"tasks and questions: both name {both.pop()!r}")
         if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("needs the package lm-eval: pip install 'trace-kernels[lm-eval]'")
+            raise UserError(needs("lm-eval", "lm-eval"))
 
     def sources(self) -> dict[str, str]:
         include = {} if self.include is None else {"include": self.include}

@@ -106,7 +106,8 @@ _IMPORTED = {
 
 
 def _absent(self: object, package: str, *args: Any, **kwargs: Any) -> None:
-    raise UserError(f"open-unlearning: this needs {package}, which is not installed")
+    without = ", or leave its evaluation out with '~eval.lm_eval'" if package == "lm_eval" else ""
+    raise UserError(f"open-unlearning: this needs {package}, which is not installed: install it{without}")
 
 
 if __name__ == "__main__":

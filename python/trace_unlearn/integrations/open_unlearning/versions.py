@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ def prepare_checkout() -> None:
     trainer: Any = importlib.import_module("trainer")
     model: Any = importlib.import_module("model")
     questions: Any = importlib.import_module("data.qa")
+    evals: Any = importlib.import_module("evals")
+    for cls in evals.EVALUATOR_REGISTRY.values():
+        cls.evaluate = on_float_logits(cls.evaluate)
     for name, cls in trainer.TRAINER_REGISTRY.items():
         if cls is not transformers.Trainer:
             trainer.TRAINER_REGISTRY[name] = bridged(cls)
@@ -140,3 +144,31 @@ def _examples_as_lists(initialise: Callable[..., None]) -> Callable[..., None]:
             self.fs_data = {name: list(column) for name, column in self.fs_data.items()}
 
     return with_lists
+
+
+def on_float_logits(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 4.45 logits are float32 whatever the model is; its measures hand them to NumPy, which has no bfloat16."""
+
+    @functools.wraps(evaluate)
+    def with_float_logits(*args: Any, **kwargs: Any) -> Any:
+        with _float_logits():
+            return evaluate(*args, **kwargs)
+
+    return with_float_logits
+
+
+@contextlib.contextmanager
+def _float_logits() -> Iterator[None]:
+    """Inside, those of every model: measures of membership load a reference model of their own."""
+
+    def widen(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, transformers.PreTrainedModel) and isinstance(
+            logits := getattr(output, "logits", None), torch.Tensor
+        ):
+            output.logits = logits.float()
+
+    hook = torch.nn.modules.module.register_module_forward_hook(widen)
+    try:
+        yield
+    finally:
+        hook.remove()
