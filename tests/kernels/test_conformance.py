@@ -12,7 +12,8 @@ import trace_kernels
 from trace_kernels.runtime import native
 from trace_kernels.runtime.backends import BACKENDS, BackendError, all_ops
 from trace_kernels.shared import losses
-from trace_kernels.testing.conformance import discover, errors, run
+from trace_kernels.testing.cases import Call, Case
+from trace_kernels.testing.conformance import cancellation, compare, discover, errors, run
 
 OPS = discover()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -42,6 +43,23 @@ def test_backend_is_right(op, case, backend, device):
         assert backend != "reference", reason
         pytest.skip(reason)
     assert errors(op, case, backend, device) == []
+
+
+def test_a_loss_is_held_to_the_size_of_its_terms():
+    """Two rows of weights 1 and -.999: what rounding leaves of their difference is as large as that of the rows."""
+    logits, target = torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0])
+    weight = torch.tensor([1.0, -0.999])
+    op = OPS["cross_entropy"]
+    signed = Case("signed", {}, lambda case, generator: Call((logits, target, weight), {"reduction": "sum"}, (0,)))
+    assert cancellation(op, signed) == pytest.approx(1999, rel=1e-3)
+    positive = Case("positive", {}, lambda case, generator: Call((logits, target, weight.abs()), {}, (0,)))
+    assert cancellation(op, positive) == pytest.approx(1.0)
+    assert cancellation(OPS["router_topk"], CASES[0].values[1]) == 1.0
+    assert errors(op, signed, "reference") == []
+    expected = torch.tensor(1.3e-3)
+    for error, found in ((1e-6, []), (1e-5, ["loss"])):
+        problems = compare("loss", expected + error, expected.double(), None, 1999)
+        assert [problem.split(":")[0] for problem in problems] == found
 
 
 @pytest.mark.parametrize("op, case", CASES)
