@@ -30,7 +30,8 @@ class Launch:
         grid: its programs.
         arguments: by parameter name, tensors and numbers, as launched.
         constants: the constexpr parameters.
-        num_warps, num_stages: warps of a program, and how far its loads run ahead of its products.
+        options: what Triton's compiler is told, by its own names: `num_warps` of a program, and `maxnreg`, the
+            registers that a thread may take, where that is not left to it.
         bytes: global memory that it reads and writes.
         cached: how many of these the launch before left in the L2 cache.
     """
@@ -39,8 +40,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     bytes: int
     cached: int
 
@@ -51,22 +51,26 @@ def launch(
     *args: Any,
     num_warps: int,
     bytes: int,
-    num_stages: int = 3,
+    max_registers: int | None = None,
     cached: int = 0,
     **constants: Any,
 ) -> None:
-    """Run `kernel`, or record it; an empty grid does nothing."""
+    """Run `kernel`, or record it; an empty grid does nothing.
+
+    max_registers: that a thread may take; None leaves it to the compiler.
+    """
     if 0 in grid:
         return
+    options = {"num_warps": num_warps, **({} if max_registers is None else {"maxnreg": max_registers})}
     if is_recording():
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True))
-        record(Launch(kernel, grid, arguments, constants, num_warps, num_stages, bytes, cached))
+        record(Launch(kernel, grid, arguments, constants, options, bytes, cached))
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*args, **options, **constants)
 
 
 def next_power_of_2(n: int) -> int:

@@ -84,6 +84,11 @@ __device__ __forceinline__ void load_logits(const Block& p, const float* row, in
   }
 }
 
+// Blocks of block_kernel that a processor must hold. Left alone, the compiler keeps to the registers of one block more
+// and puts two of a thread's numbers on the stack.
+template <bool WRITE, bool ENTROPY>
+constexpr int kBlocks = WRITE || ENTROPY ? 5 : 8;
+
 struct BlockShared {
   float tops[2][kRowWarps], sums[kRowWarps], gaps[kRowWarps];
   int places[kRowWarps];
@@ -93,7 +98,7 @@ struct BlockShared {
 // exp(x - reference) * dx/dz; finish_kernel knows its factor. The reference lags the maximum by at most kLag, so that
 // it seldom moves and what is written seldom has to be read again.
 template <typename T, bool SOFTCAP, bool WRITE, bool ENTROPY>
-__global__ void __launch_bounds__(kRowThreads) block_kernel(Block p, T* dz, State state) {
+__global__ void __launch_bounds__(kRowThreads, kBlocks<WRITE, ENTROPY>) block_kernel(Block p, T* dz, State state) {
   TK_SHARED(BlockShared, shared);
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;

@@ -1,7 +1,8 @@
 """Every CUDA kernel compiled by nvcc for sm_80, sm_90 and sm_100, without a GPU.
 
-No kernel spills, none takes more than limits.json allows, and memory is read and written 16 bytes at a time where the
-speed rests on it. In limits.json, "instances" is what the mangled name of such an instance of the template contains.
+No kernel spills, as many blocks of each fit on a processor as limits.json asks for, and memory is read and written 16
+bytes at a time where the speed rests on it. In limits.json, "instances" and the keys of "blocks" are patterns of the
+mangled names of such instances of the template.
 This says nothing about results (test_emulation.py does) and is no measurement on a GPU.
 """
 
@@ -14,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from occupancy import Usage
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
@@ -47,6 +49,13 @@ def kernels_of(source, capability, folder):
     usage = subprocess.run([cuobjdump(), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+    elf = subprocess.run([cuobjdump(), "-elf", cubin], capture_output=True, text=True, check=True).stdout
+    _, *parts = re.split(r"^\.nv\.info\.(\S+)$", elf, flags=re.MULTILINE)
+    threads = {
+        name: int(match[1], 16)
+        for name, attributes in zip(parts[::2], parts[1::2], strict=True)
+        if (match := re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(\w+)", attributes))
+    }
     found = []
     for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):
         numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", line)}
@@ -56,10 +65,9 @@ def kernels_of(source, capability, folder):
                 "kernel": next((k for k in LIMITS[source.parent.name] if f"{len(k)}{k}" in name), name),
                 "name": f"{name} sm_{capability}",
                 "capability": capability,
-                "registers": numbers["REG"],
                 "spilled": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code[name])),
                 # 1 KiB of it is the runtime's own on sm_90 and later.
-                "shared": numbers["SHARED"] - (1024 if capability >= 90 else 0),
+                "usage": Usage(threads[name], numbers["REG"], numbers["SHARED"] - (1024 if capability >= 90 else 0)),
                 "loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", code[name])),
                 "stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", code[name])),
             }
@@ -84,18 +92,21 @@ def test_nothing_spills(kernels):
     assert [kernel["name"] for kernel in kernels if kernel["spilled"]] == []
 
 
-def limit(kernel, resource):
-    """The first that applies, where it depends on the instance of the template."""
-    value = LIMITS[kernel["op"]][kernel["kernel"]][resource]
-    if isinstance(value, dict):
-        value = next(most for instances, most in value.items() if re.search(instances, kernel["name"]))
-    return value
+def least(kernel):
+    """The blocks that have to fit: the first that applies, where they depend on the instance of the template."""
+    blocks = LIMITS[kernel["op"]][kernel["kernel"]]["blocks"]
+    if isinstance(blocks, dict):
+        blocks = next(number for instances, number in blocks.items() if re.search(instances, kernel["name"]))
+    return blocks
 
 
-@pytest.mark.parametrize("resource", ("registers", "shared"))
-def test_resources_are_within_limits(kernels, resource):
-    over = [f"{kernel['name']}: {kernel[resource]}" for kernel in kernels if kernel[resource] > limit(kernel, resource)]
-    assert over == []
+def test_enough_blocks_fit_on_a_processor(kernels):
+    few = [
+        f"{kernel['name']}: {kernel['usage']}, {kernel['usage'].blocks(kernel['capability'])} of {least(kernel)} blocks"
+        for kernel in kernels
+        if kernel["usage"].blocks(kernel["capability"]) < least(kernel)
+    ]
+    assert few == []
 
 
 def test_memory_is_read_and_written_in_16_bytes(kernels):

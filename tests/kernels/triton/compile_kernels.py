@@ -31,7 +31,7 @@ def compile_launch(launch, capability):
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -49,7 +49,7 @@ def compile_launch(launch, capability):
         "stack": numbers["STACK"],
         "local": numbers.get("LOCAL", 0),
         "shared": compiled.metadata.shared,
-        "warps": launch.num_warps,
+        "warps": launch.options["num_warps"],
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", sass)),
         "loads": len(re.findall(r"\bLDG\.", sass)),

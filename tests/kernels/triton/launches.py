@@ -134,6 +134,12 @@ def router_topk():
     forward(empty(T, 128, dtype=BF16), rule, None, None, None, None, None, None, FP32, False)
     forward(empty(128, T, dtype=BF16).T, rule, None, None, None, None, counts, None, BF16, False)
     forward(empty(T, 128, dtype=BF16), rule, None, mask, empty(128), given, counts, empty(T), BF16, True)
+    # Experts that are given: not narrow, every score function, and a rule with groups, which they do not need
+    for dtype, function, keep in ((FP32, "softmax", True), (FP16, "sigmoid", True), (BF16, "softmax_topk", False)):
+        rule = Rule(8, function, False, 1.0, 0.0, 8, 4, "sum_top2", lowest)
+        forward(empty(T, 128, dtype=dtype), rule, empty(128), None, None, given, None, None, dtype, keep)
+    rule = Rule(8, "sqrtsoftplus", True, 1.0, 1e-20, 1, 1, "max", 0.0)
+    forward(empty(T, 128), rule, None, mask, None, given, counts, None, FP32, True)
     rule = Rule(12, "sigmoid", True, 1.0, 0.0, 8, 4, "sum_topk", lowest)
     forward(empty(T, 256), rule, empty(256), None, None, None, None, None, FP32, True)
 
@@ -195,6 +201,6 @@ def unique_launches(op):
     found = {}
     for launch in recorded:
         if isinstance(launch, Launch):
-            key = (launch.kernel.__name__, repr(specialised(launch)), launch.num_warps)
+            key = (launch.kernel.__name__, repr(specialised(launch)), repr(launch.options))
             found.setdefault(key, launch)
     return list(found.values())

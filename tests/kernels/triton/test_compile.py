@@ -1,7 +1,7 @@
 """Every Triton kernel, compiled for sm_80, sm_90 and sm_100 in each configuration of launches.py.
 
-No kernel spills, none takes more than limits.json allows, and loads are 16 bytes wide where the speed rests on them.
-This says nothing about results (test_interpreter.py does) and is no measurement on a GPU.
+No kernel spills, as many programs of each fit on a processor as limits.json asks for, and loads are 16 bytes wide where
+the speed rests on them. This says nothing about results (test_interpreter.py does) and is no measurement on a GPU.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from occupancy import Usage
 
 HERE = Path(__file__).parent
 LIMITS = json.loads((HERE / "limits.json").read_text())
@@ -52,15 +53,28 @@ def test_nothing_spills(compiled):
     assert [described(kernel) for kernel in spilling] == []
 
 
-@pytest.mark.parametrize("resource", ("registers", "shared"))
-def test_resources_are_within_limits(compiled, resource):
+def is_wide(kernel, limits):
+    """Whether what has to be aligned for wide loads is."""
+    return set(limits["wide"]["aligned"]) <= set(kernel["aligned"])
+
+
+def least(kernel, limits):
+    """The programs that have to fit, which may depend on how wide loads are."""
+    blocks = limits["blocks"]
+    if isinstance(blocks, dict):
+        blocks = blocks["aligned" if is_wide(kernel, limits) else "otherwise"]
+    return blocks
+
+
+def test_enough_programs_fit_on_a_processor(compiled):
     op, kernels = compiled
-    over = [
-        f"{described(kernel)}: {kernel[resource]}"
-        for kernel in kernels
-        if kernel[resource] > LIMITS[op][kernel["kernel"]][resource]
-    ]
-    assert over == []
+    few = []
+    for kernel in kernels:
+        usage = Usage(32 * kernel["warps"], kernel["registers"], kernel["shared"])
+        blocks, wanted = usage.blocks(kernel["capability"]), least(kernel, LIMITS[op][kernel["kernel"]])
+        if blocks < wanted:
+            few.append(f"{described(kernel)}: {usage}, {blocks} of {wanted}")
+    assert few == []
 
 
 def test_products_run_on_tensor_cores(compiled):
@@ -75,7 +89,7 @@ def test_loads_are_wide(compiled):
     checked, narrow = set(), []
     for kernel in kernels:
         wide = LIMITS[op][kernel["kernel"]].get("wide")
-        if wide is None or not set(wide["aligned"]) <= set(kernel["aligned"]):
+        if wide is None or not is_wide(kernel, LIMITS[op][kernel["kernel"]]):
             continue
         if any(kernel["constants"][name] < least for name, least in wide.get("at_least", {}).items()):
             continue

@@ -31,6 +31,9 @@ from trace_kernels.shared.triton_common import (
 )
 
 WARPS = 8
+#: Of a thread of block_kernel: three programs a processor. Left alone, the compiler keeps to four on some GPUs and puts
+#: two of a thread's numbers on the stack, or leaves room for two.
+MAX_REGISTERS = 80
 
 
 @triton.jit
@@ -215,7 +218,7 @@ def _block(
     launch(
         block_kernel, (R,),
         *logits, call.row_weight, *state, top, *outputs, first, width, stride, *call.numbers,
-        num_warps=WARPS, bytes=8 * R * width, cached=8 * R * width,
+        num_warps=WARPS, max_registers=MAX_REGISTERS, bytes=8 * R * width, cached=8 * R * width,
         HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None, FIRST=first == 0, LAST=last,
         LANES=lanes, VEC=vector,
     )  # fmt: skip
