@@ -1,5 +1,6 @@
 """Laws of `router_topk`: an independent formula, gradients, ties, non-finite rows, bad input, compile."""
 
+import ctypes
 import math
 
 import hypothesis.strategies as st
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 
 import trace_kernels as tk
 from trace_kernels.ops.router_topk.cases import FAMILIES, OP
+from trace_kernels.ops.router_topk.rule import in_float32
 from trace_kernels.runtime import light_op, validate
 from trace_kernels.runtime.backends import BackendError, all_ops
 from trace_kernels.runtime.native import native
@@ -259,6 +261,14 @@ def test_scores_whose_sum_is_tiny(backend, k):
             gradient = torch.autograd.grad(weights, leaf, upstream.to(dtype))[0]
             results.append([x.detach().double() / options.get("scale", 1.0) for x in (weights, gradient)])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_eps_is_rounded_to_float32():
+    ties = [2.0**-149 * steps for steps in (0.5, 1.5, 2.5)] + [1 + 2.0**-24, 1 + 3 * 2.0**-24, 2.0**128 - 2.0**103]
+    values = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.ldexp(values, torch.arange(20000) % 280 - 152)
+    for value in [0.0, 5e-324, 6e-46, 8e-46, 2.0**-126 * (1 - 2.0**-25), 1e39, *ties, *values.tolist()]:
+        assert in_float32(value) == ctypes.c_float(value).value, value
 
 
 @pytest.mark.parametrize("backend", CPU)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,17 @@ SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
 GROUP_SCORES = ("max", "sum_top2", "sum_topk")
 
 
-# torch.compile cannot trace ctypes.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _in_float32(value: float) -> float:
-    return ctypes.c_float(value).value
+def in_float32(value: float) -> float:
+    """The float32 nearest to a finite number of 0 or more, in arithmetic that torch.compile traces.
+
+    Neither ctypes nor struct can be traced, and what makes a function a constant to torch.compile imports all of it.
+
+    >>> in_float32(0.1), in_float32(1e-46), in_float32(1e39)
+    (0.10000000149011612, 0.0, inf)
+    """
+    unit = math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149))
+    rounded = round(value / unit) * unit
+    return rounded if rounded < 2.0**128 else math.inf
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Rule:
     ) -> Rule:
         """The rule for logits of `dtype`, with eps as its arithmetic sees it: what is 0 to a kernel is 0 here too."""
         if eps != 0.0 and dtype != torch.float64:
-            eps = _in_float32(eps)
+            eps = in_float32(eps)
         return cls(k, score_function, renormalize, scale, eps, *rest)
 
     @property
