@@ -101,13 +101,14 @@ class Harness(Suite):
     ) -> dict[str, Any]:
         """For each task and group its metrics by name, acc for one; the parts of groups under `parts`."""
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
+
+        from trace_unlearn.evaluation.suites.fused_lm import FusedLM
 
         with tempfile.TemporaryDirectory() as folder, _quiet(), cached_if_away():
             tasks: list[Any] = [*self.tasks, *(self._own_task(name, Path(folder)) for name in self.documents)]
             try:
                 results = lm_eval.simple_evaluate(
-                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                    model=FusedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                     tasks=tasks,
                     num_fewshot=self.few_shot,
                     limit=self.limit,
