@@ -4,7 +4,7 @@
 
 Synthetic routes of 48 layers, top-8 of 128 experts, 4 selected a layer: experts of very unequal use, documents of one
 topic each, layers that depend on each other through the topic and through the token. They are written to a file in
-DIR (384 bytes a token) and mapped from there, as `calibrate` maps what `profile` wrote. Memory is what the process
+DIR (384 bytes per token) and mapped from there, as `calibrate` maps what `profile` wrote. Memory is what the process
 holds beyond the file's own pages (RssAnon), sampled every 20 ms. Ratios are medians over rounds in which both took
 turns on the same tokens. The packages ebal and empirical_calibration are peers where they are installed.
 """

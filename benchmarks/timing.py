@@ -52,7 +52,7 @@ def interleave(
     most_rounds: int = 100,
     warm_ups: int = 2,
 ) -> dict[str, Timing]:
-    """Time every candidate once a round until about `seconds` a candidate have passed.
+    """Time every candidate once per round until about `seconds` per candidate have passed.
 
     `warm_ups` calls of each first. Each candidate makes its own inputs fresh, so nothing is timed on a cached result.
     """

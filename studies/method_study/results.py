@@ -201,7 +201,7 @@ def label(arm: Arm) -> str:
         "pace": f"learning rate x {arm.pace:g}",
         "rule": f"rule {arm.rule}",
         "min_ess": f"ESS ≥ {arm.min_ess:g}",
-        "experts": "all experts" if arm.experts is None else f"{arm.experts} experts a layer",
+        "experts": "all experts" if arm.experts is None else f"{arm.experts} experts per layer",
         "selection": f"selected by {arm.selection}",
         "routing": f"{arm.routing} routing",
         "corpus": arm.corpus,

@@ -34,7 +34,7 @@ class Activations:
 
 
 class _Block:
-    """What to call again: `run` gives one row a token, `weights_of` an expert's own weights."""
+    """What to call again: `run` gives one row per token, `weights_of` an expert's own weights."""
 
     def __init__(self, watched: nn.Module, run: Callable[..., Any], weights_of: Callable[[int], list[torch.Tensor]]):
         self.watched, self.run, self.weights_of = watched, run, weights_of

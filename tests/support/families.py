@@ -243,7 +243,7 @@ def config(family: Family) -> PreTrainedConfig:
     values = {name: value for name, value in SIZES.items() if name in known}
     own = OVERRIDES.get(family.model_class, OVERRIDES.get(family.module, {}))
     for name, value in vars(default).items():
-        # Lists with one entry a layer are left to the configuration to derive.
+        # Lists with one entry per layer are left to the configuration to derive.
         if isinstance(value, list) and len(value) == getattr(default, "num_hidden_layers", None):
             values[name] = None
     own = {name: getattr(default, name)[value] if isinstance(value, slice) else value for name, value in own.items()}

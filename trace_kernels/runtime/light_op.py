@@ -1,4 +1,4 @@
-"""Ops that run once a layer: torch.library.custom_op's bookkeeping would cost more than their kernels."""
+"""Ops that run once per layer: torch.library.custom_op's bookkeeping would cost more than their kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rows that take part in a loss on a GPU, gathered before the products.
 
 Prompts and padding are often half of the rows, and a library product computes a dropped row like any other. How many
-rows are left has to be known on the host, which reads it once a call: 10 to 20 us, where products take milliseconds.
+rows are left has to be known on the host, which reads it once per call: 10 to 20 us, where products take milliseconds.
 While a CUDA graph is captured nothing may be read, so that all rows are computed.
 """
 

@@ -2,7 +2,7 @@
 
 Each process of a group holds a contiguous slice [V_r, H] of a head [V, H], in the order of their ranks, and all of them
 the same hidden states. A backend computes its slice as if it were a head of its own; what it knows of a row is then
-corrected by one exchange of a few numbers a row.
+corrected by one exchange of a few numbers per row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The gradient of router_topk on the GPU: one warp a token, the gradient's row in shared memory.
+// The gradient of router_topk on the GPU: one warp per token, the gradient's row in shared memory.
 #include <cmath>
 
 #include "common/cuda.cuh"

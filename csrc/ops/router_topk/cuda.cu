@@ -1,4 +1,4 @@
-// router_topk on the GPU: one warp a token, the row in registers, k rounds of a maximum over the warp.
+// router_topk on the GPU: one warp per token, the row in registers, k rounds of a maximum over the warp.
 //
 // Numbers are compared as order-preserving keys: unsigned integers that order as the floats do, NaN above all. A key
 // of 0 is no expert, or one already chosen.

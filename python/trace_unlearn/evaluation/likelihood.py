@@ -168,7 +168,7 @@ def routing_shift(before: Routes, after: Routes) -> dict[str, Any]:
     """
     if before.routes.shape != after.routes.shape or before.counts.shape != after.counts.shape:
         raise UserError(
-            f"base: its routing has the shape {tuple(before.routes.shape)} (tokens, layers, experts a token) of "
+            f"base: its routing has the shape {tuple(before.routes.shape)} (tokens, layers, experts per token) of "
             f"{before.counts.shape[1]} experts, the model's {tuple(after.routes.shape)} of {after.counts.shape[1]}: "
             "another architecture, or other data"
         )

@@ -14,7 +14,7 @@ from trace_unlearn.evaluation.scores import NAMES
 
 KNOWN = 0.1  # facts count where the base model knows at least this share of them
 FEW, MANY = 0.1, 0.5  # shares of the known facts that are lost
-SMALL, LARGE = 0.1, 1.0  # rises of the NLL in nats a token
+SMALL, LARGE = 0.1, 1.0  # rises of the NLL in nats per token
 RECITED = 0.5  # a text of which more tokens are recited is not forgotten
 
 MORE_FORGETTING = "raise the learning rate or the number of steps"
@@ -44,7 +44,7 @@ def verdict(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping
     Of data with answers of which the base model knows at least a tenth, the share of facts decides: forgotten is "yes"
     where at most half of what it knew is left, "no" where more than nine tenths are; kept is "yes" where at least nine
     tenths are left, "no" where at most half are. Of other data the mean NLL decides: forgotten is "yes" where it has
-    risen by at least 1 nat a token and at most half of the tokens are recited (exact memorization), "no" where it has
+    risen by at least 1 nat per token and at most half of the tokens are recited (exact memorization), "no" where it has
     risen by less than 0.1; kept is "yes" where it has risen by at most 0.1, "no" by 1 or more. Between lies "partly".
 
     Args:

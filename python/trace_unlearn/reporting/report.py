@@ -237,8 +237,8 @@ def describe_training(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
         "trade-off",
         plots.trade_off(
             {"Retain against forget": {"this run": [(forget, retain)]}},
-            x_label="forget NLL (nats a token)",
-            y_label="retain NLL (nats a token)",
+            x_label="forget NLL (nats per token)",
+            y_label="retain NLL (nats per token)",
         ),
         alt=f"Line plot of {len(points)} points: while the forget NLL goes from {forget[0]:.3f} to {forget[-1]:.3f}, "
         f"the retain NLL goes from {retain[0]:.3f} to {retain[-1]:.3f}.",

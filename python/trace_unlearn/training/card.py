@@ -115,14 +115,14 @@ def _method(objective: str, config: Mapping[str, Any], facts: Mapping[str, Any])
 def _checkpoint(best: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
     if not best:
         return ""
-    limit = f"{config.get('best_forget_nll')} nats a token on the forget documents"
+    limit = f"{config.get('best_forget_nll')} nats per token on the forget documents"
     rule = (
         f"of the checkpoints with a mean loss of at least {limit}, the one with the lowest on held-out retain documents"
     )
     if not best["reached"]:
         rule = f"no checkpoint came to a mean loss of {limit}, and this is the one that came closest"
     rows = [
-        [f"{name}, nats a token", best[f"original_{measure}"], best[measure]]
+        [f"{name}, nats per token", best[f"original_{measure}"], best[measure]]
         for name, measure in (("forget documents", "forget_nll"), ("held-out retain documents", "retain_nll"))
     ]
     return (
@@ -140,7 +140,7 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
         "effective sample size": calibration.get("ess"),
         "effective sample size of the units": calibration.get("unit_ess"),
         "largest weight allowed": calibration.get("max_weight"),
-        "forget-critical experts a layer, at most": calibration.get("experts_per_layer"),
+        "forget-critical experts per layer, at most": calibration.get("experts_per_layer"),
         "SHA-256 of the calibration": calibration.get("sha256"),
     }
     return (

@@ -36,7 +36,7 @@ class TraceConfig:
             ascent), 4.5 for "simnpo", 1 for "wga" and 5 for "satimp" (the power of the probability), 10 for "undial"
             (by how much a logit is lowered).
         beta2: of "satimp": the power of 1 - p. For people who reproduce or tune it.
-        delta: of "simnpo": the margin, in nats a token, below which a document counts as remembered.
+        delta: of "simnpo": the margin, in nats per token, below which a document counts as remembered.
         layer: of "rmu": the decoder layer whose output is steered; by default a quarter of the way up.
         steering: of "rmu": the length of the steering vector; of the order of the layer's own hidden states or more.
         retain_loss: "nll" (what the retain tokens say) or "kl" (what the original model says of them: it keeps the
@@ -46,11 +46,11 @@ class TraceConfig:
             "finetune" is always uniform.
         unit: whose routing a weight looks at, as `calibrate` has it: "token", "context" or "document". None takes what
             the calibration was made with; another than that is refused.
-        retain_per_forget: retain documents a forget document; for "finetune", documents a position of the batch.
+        retain_per_forget: retain documents per forget document; for "finetune", documents per position of the batch.
         anchor: weight of the SEUF anchor loss, which keeps the forget tokens on `anchor_experts`; 0 for none. For the
             SEUF baseline and combinations with it, where only these experts are trained.
         anchor_experts: the (decoder layer, expert) pairs of the anchor.
-        stop_forget_nll: training stops once the forget documents' mean loss has risen to so many nats a token; None
+        stop_forget_nll: training stops once the forget documents' mean loss has risen to so many nats per token; None
             for never.
         stop_forget_increase: likewise, but so many nats above the original model's.
         stop_retain_nll: likewise of held-out retain documents: too much was lost.

@@ -20,7 +20,7 @@ FORGET, RETAIN = "stop_forget_nll", "stop_retain_nll"  # their names in the log
 
 
 class EarlyStop:
-    """Measures the mean loss a token of forget documents and of held-out retain documents, and decides by it.
+    """Measures the mean loss per token of forget documents and of held-out retain documents, and decides by it.
 
     A measure depends on the model alone, and all of them stand in the log, which checkpoints hold: a run that was
     killed comes to the same decisions when it goes on.
@@ -114,7 +114,7 @@ class EarlyStop:
             if (value := getattr(self._config, limit)) is not None and not found[name] < value:
                 raise UserError(
                     f"{limit}: got {value}, but the original model's loss of these documents is {found[name]:.3f} "
-                    "nats a token, allowed is more than that"
+                    "nats per token, allowed is more than that"
                 )
 
     def is_best(self, step: int, best: int | None) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 WIDTH_TIMES_RATE = 0.02  # 1e-5 at hidden size 2048, 5e-6 at 4096
 ADAPTERS = 10.0  # low-rank adapters begin at zero and take a larger rate
-INCREASE = 1.5  # nats a token: where a paced run stops by default
+INCREASE = 1.5  # nats per token: where a paced run stops by default
 LEAST_STEPS = 150  # of a paced run: so many are there to find the rate; it stops when enough is forgotten
 LARGEST = 256.0  # times the rate that the width gives, up and down
 FAST = 1 / 3  # of the way in one interval is too fast

@@ -40,7 +40,7 @@ class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
         forget, retain: datasets with columns input_ids and labels, the retain one with token_weight if it is weighted;
             one of the two may be None.
         alternate: as forget: for each of its documents the one to prefer, in the same order.
-        retain_per_forget: retain documents a position, >= 1.
+        retain_per_forget: retain documents per position, >= 1.
         step_size: positions an optimisation step, over all processes and micro-batches.
         seed: of both orders.
     """

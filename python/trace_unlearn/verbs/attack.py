@@ -80,7 +80,7 @@ class AttackOptions:
         relearn_every: steps between two measurements.
         relearn_learning_rate: of AdamW; by default 0.02 / hidden size (0.2 with relearn_lora_rank), as train begins: at
             a rate too small for it a model looks robust.
-        relearn_batch_size: rows a step.
+        relearn_batch_size: rows per step.
         relearn_lora_rank: train adapters of this rank, for models whose weights are too large to train in float32.
         bits: of the quantised weights.
         group_size: weights that share a scale.

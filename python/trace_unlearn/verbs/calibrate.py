@@ -29,7 +29,7 @@ class CalibrateOptions:
             control "shuffled".
         unit: whose routing a weight looks at: "token" (its own), "context" (the mean of what its loss reads)
             or "document" (the mean of its document's).
-        experts_per_layer: at most so many forget-critical experts a layer; null for all that qualify.
+        experts_per_layer: at most so many forget-critical experts per layer; null for all that qualify.
         tau: an expert qualifies from tau times the activation of a perfectly even routing on.
         rank: what the most critical experts are: those of the highest "log_ratio" (f log(f / r)), "difference" (f - r),
             "ratio" (f / r) or "z_score" ((f - r) over its standard error).

@@ -42,7 +42,7 @@ def plain_loss(model, given=None):
 
 
 def assert_fused(model, expected=None):
-    """The loss is right, logits never come back, and log_probs are a number a token."""
+    """The loss is right, logits never come back, and log_probs are a number per token."""
     outputs = model(**batch())
     assert outputs.logits is None
     torch.testing.assert_close(outputs.loss, plain_loss(model) if expected is None else expected)

@@ -1,4 +1,4 @@
-"""RoutingRecorder where a model is loaded, placed or fed in other ways than whole, on one device, a document a row."""
+"""RoutingRecorder where a model is loaded, placed or fed otherwise than whole, on one device, a row per document."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_formula_on_logits(case, frozen, tmp_path):
 
 @pytest.mark.parametrize("retained", [1, 2, 4, 8, 32])
 def test_a_document_weighs_what_it_was_given_however_many_a_step_holds(retained, tmp_path):
-    """Divided by the sum of the step's weights, one a step would weigh 1 whatever it was given."""
+    """Divided by the sum of the step's weights, one per step would weigh 1 whatever it was given."""
     retain = documents(32, 2).map(
         lambda row, i: {"token_weight": [2.5 if i % 4 == 0 else 0.5] * len(row["labels"])}, with_indices=True
     )

@@ -38,7 +38,7 @@ def relearn(
         steps: optimisation steps.
         every: steps between two measurements; the last step is always measured.
         learning_rate: of AdamW.
-        batch_size: documents a step.
+        batch_size: documents per step.
         seed: of their order.
         on_cpu: whether to stay there though a GPU is at hand.
 

@@ -1,4 +1,4 @@
-"""TOFU's measures of single questions, from mean negative log-likelihoods (nats a token) of answers."""
+"""TOFU's measures of single questions, from mean negative log-likelihoods (nats per token) of answers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def anchor(probabilities: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         target: [E] bool.
 
     Returns:
-        [...]: a loss a token.
+        [...]: a loss per token.
 
     Example:
         >>> anchor(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([True, False, False])).item()

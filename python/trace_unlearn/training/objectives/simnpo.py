@@ -28,7 +28,7 @@ def simnpo(
         mask: [F, S] bool, the positions that count. A document without any is no document.
         num_documents: D, the documents of the whole optimisation step; a step without any has loss 0.
         beta: > 0.
-        delta: nats a token.
+        delta: nats per token.
 
     Returns:
         0-d: this micro-batch's share.

@@ -1,0 +1,129 @@
+"""The README's figures: its table and its picture, from results of one machine and one commit.
+
+    python -m benchmarks.figures              # draw them from benchmarks/results
+    python -m benchmarks.figures --measure    # first measure again: about 15 minutes on a quiet machine
+
+`--measure` runs `benchmarks.cpu` and `benchmarks.end_to_end`. The table stands between two comments in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from trace_unlearn.files import read_json, write_text
+
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURE = {
+    "cpu": ["benchmarks.cpu", "--only", "heads", "--only", "peers", "--only", "kl", "--only", "router", "--json"],
+    "end_to_end": ["benchmarks.end_to_end", "--dtype", "bfloat16", "--output"],
+}
+BEGIN, END = "<!-- figures: python -m benchmarks.figures -->", "<!-- end of figures -->"
+PICTURE = ROOT / "docs" / "whole_step.svg"
+OBJECTIVES = {"grad_diff": "GradDiff", "npo": "NPO", "npo_kl": "NPO + KL"}
+# Row of the table, its inputs and the figure of benchmarks.cpu that a peer's name stands in: their time / ours.
+HEAD = "(1024, 1024, 32000)"
+ROWS = [
+    ("`linear_cross_entropy`, frozen head, float32", f"fp32 {HEAD}", r"(.+) / ours, frozen"),
+    ("`linear_cross_entropy`, trainable head, float32", f"fp32 {HEAD}", r"(.+) / ours, trainable"),
+    ("`linear_cross_entropy`, frozen head, bfloat16", f"bf16 {HEAD}", r"(.+) / ours, frozen"),
+    ("`linear_cross_entropy`, trainable head, bfloat16", f"bf16 {HEAD}", r"(.+) / ours, trainable"),
+    ("`router_topk` with counts and scores, float32", "fp32 (16384, 128), k = 8", r"router_topk: (.+) / ours"),
+]
+NAMES = {"eager": "plain torch", "torch": "plain torch", "torch chunked": "torch's chunked loss"}
+
+
+def table(measured: dict[str, Any]) -> str:
+    """Times of others in units of ours."""
+    found: list[tuple[str, dict[str, float]]] = []
+    for title, inputs, pattern in ROWS:
+        peers = {}
+        for row in measured["rows"]:
+            if row["inputs"] == inputs and (match := re.fullmatch(pattern, row["what"])):
+                peers[NAMES.get(match[1], match[1])] = row["figure"]
+        if peers:
+            found.append((title, peers))
+    columns = list(dict.fromkeys(name for _, peers in found for name in peers))
+    lines = [f"| Time, ours = 1 | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for title, peers in found:
+        cells = [f"{peers[name]:.2f}" if name in peers else "" for name in columns]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    machine = measured["machine"]
+    lines += [
+        "",
+        "Forward and backward of 1024 tokens, hidden size 1024, 32000 words; the router's forward of 16384 tokens, "
+        f"128 experts, top 8. Medians of ratios from one run of `python -m benchmarks.cpu` on {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+def draw(measured: dict[str, Any], path: Path) -> None:
+    """Bars: time and memory of one whole step, plain transformers and ours."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    mpl.rcParams.update({"svg.hashsalt": "trace-kernels", "font.size": 10, "svg.fonttype": "none"})
+    rows = measured["rows"]
+    names = [OBJECTIVES[row["objective"]] for row in rows]
+    seconds = {arm: [statistics.median(row["milliseconds"][arm]) / 1e3 for row in rows] for arm in ("plain", "ours")}
+    mebibytes = {arm: [row["memory"][arm]["beyond"] / 2**20 for row in rows] for arm in ("plain", "ours")}
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 2.5), layout="constrained", sharey=True)
+    for axis, title, values, form in (
+        (axes[0], "Time of one step (s)", seconds, "{:.2f}"),
+        (axes[1], "Memory beyond model, optimiser, gradients (MiB)", mebibytes, "{:.0f}"),
+    ):
+        for offset, (arm, colour, label) in enumerate(
+            (("plain", "#9ca3af", "plain transformers"), ("ours", "#0b63ce", "trace-kernels"))
+        ):
+            at = [index + (offset - 0.5) * 0.38 for index in range(len(names))]
+            bars = axis.barh(at, values[arm], 0.36, color=colour, label=label)
+            axis.bar_label(bars, [form.format(value) for value in values[arm]], padding=3, fontsize=9)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def insert(page: str, block: str) -> str:
+    """The page with the block between its two comments."""
+    before, found, rest = page.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"README.md has no place for figures: it needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--measure", action="store_true", help="measure before drawing")
+    options = parser.parse_args(arguments)
+    if options.measure:
+        for name, command in MEASURE.items():
+            subprocess.run([sys.executable, "-m", *command, str(RESULTS / f"{name}.json")], cwd=ROOT, check=True)
+    measured = {name: read_json(RESULTS / f"{name}.json") for name in MEASURE}
+    readme = ROOT / "README.md"
+    write_text(readme, insert(readme.read_text(encoding="utf-8"), table(measured["cpu"])))
+    draw(measured["end_to_end"], PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
