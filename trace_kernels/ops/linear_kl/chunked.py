@@ -7,9 +7,9 @@ The gradient, a difference of two softmaxes, needs both sums first: with it all 
 By the model of benchmarks.traffic this takes 1.31 of the floor at 8192 tokens and a head of 151936 x 2048, and a row
 kernel can do little about it. Of the 6.0 ms beside the products 1.8 read the blocks from the cache, and 4.2 read them
 again from memory (8 bytes per element) and write dz (2). Keeping less of them, one exponential and the difference of
-the logits in 16 bits each, would make it 5.2 ms and 1.27, at a loss of digits where the two models agree. Two exponentials
-would need no second reading, but two products with the head: a fourth pass. Both sums known before would leave 2.5 ms
-and 1.13, but only the reference's could be stored with the data.
+the logits in 16 bits each, would make it 5.2 ms and 1.27, at a loss of digits where the two models agree. Two
+exponentials would need no second reading, but two products with the head: a fourth pass. Both sums known before would
+leave 2.5 ms and 1.13, but only the reference's could be stored with the data.
 """
 
 from __future__ import annotations
