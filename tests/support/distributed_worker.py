@@ -30,7 +30,12 @@ class StopTrainingError(Exception):
     pass
 
 
+_init = PartialState.__init__
+
+
 def stand_in():
+    # Without an accelerator a run asks for the CPU, which accelerate does not shard.
+    PartialState.__init__ = lambda self, cpu=False, **given: _init(self, **given)
     PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 

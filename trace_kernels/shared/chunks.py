@@ -64,7 +64,8 @@ CHUNK_BYTES = 640_000_000
 def chunk_rows(num_rows: int, bytes_per_row: int, budget: int) -> int:
     """Rows of a chunk of logits: at most 4096, within the byte budget, a multiple of 128 where it allows one.
 
-    Fewer than some 300 rows would make the products read the head faster than the memory delivers it.
+    Fewer than some 300 rows would make the products read the head faster than the memory delivers it. A multiple of 4
+    at the least: chunks of a vector that start on 16 bytes and others are different kernels to Triton.
     """
     text = os.environ.get("TRACE_KERNELS_CHUNK_BYTES", "")
     try:
@@ -74,8 +75,7 @@ def chunk_rows(num_rows: int, bytes_per_row: int, budget: int) -> int:
     if budget <= 0:
         raise ValueError(f"TRACE_KERNELS_CHUNK_BYTES: got {text!r}, allowed is a positive number of bytes")
     rows = min(4096, max(1, budget // max(1, bytes_per_row)))
-    if rows >= 128:
-        rows -= rows % 128
+    rows -= rows % (128 if rows >= 128 else min(4, rows))
     if rows >= num_rows:
         return num_rows
     # Even chunks: a last one of a few rows would cost a whole pass over the head.
@@ -181,6 +181,11 @@ class Chunks:
     def dz(self, rows: slice) -> torch.Tensor:
         """[R, V], without columns when no gradient is wanted."""
         return self._dz[: rows.stop - rows.start, : self.num_classes]
+
+    def state(self, count: int) -> torch.Tensor:
+        """Float32 numbers of the rows, [count, R]: each vector starts on 16 bytes, however many rows there are."""
+        whole = torch.empty((count, cdiv(self.rows, 4) * 4), dtype=torch.float32, device=self._dz.device)
+        return whole[:, : self.rows]
 
     def times(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``dz @ weight`` [R, H] in float32, in memory that the next logits or the next call use again."""

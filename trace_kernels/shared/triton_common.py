@@ -105,6 +105,16 @@ def transformed(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def padded(width):
+    """Columns that a row of logits or dz has room for, in a number that the compiler knows to be a multiple of 16.
+
+    Only with it loads and stores are wide where the vocabulary's size is odd. Nobody uses what is read and written
+    beyond the width.
+    """
+    return (width + 15) // 16 * 16
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, with all its digits where x is small: log(1 + x) has none left there."""
     s = x / (2.0 + x)

@@ -29,7 +29,7 @@ BARRIERS = (
     ("record_routing", "cuda.cu", "bins.counts[e] = 0;\n    __syncthreads();"),
     ("router_topk", "cuda.cu", "bins.counts[e] = 0;\n    __syncthreads();"),
     ("router_topk", "backward.cu", "tile[e] += d_logit;\n      }\n      __syncwarp();"),
-    ("linear_cross_entropy", "cuda.cu", "shared.tops[turn][warp] = top;\n    __syncthreads();"),
+    ("linear_cross_entropy", "cuda.cu", "shared.tops[turn][warp] = best;\n    __syncthreads();"),
     ("linear_kl", "cuda.cu", "  __syncthreads();\n  if (thread != 0) return;"),
 )
 NAMES = {"record_routing": "record_routing_"}

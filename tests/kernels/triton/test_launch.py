@@ -72,6 +72,48 @@ def route(T):
     backward(torch.ones(T, 4), logits, *outputs[1:], rule, 64, torch.float32)
 
 
+def cross_entropy(T):
+    from trace_kernels.ops.cross_entropy.rows import LogitGradient, Rows
+    from trace_kernels.ops.cross_entropy.triton import backward, forward
+
+    logits, rows, row = torch.randn(T, 300), Rows(torch.zeros(T, dtype=torch.int64), -100, 30.0, 1.0), torch.ones(T)
+    forward(logits, rows)
+    backward(logits, rows, row, LogitGradient(row, None, row), False)
+
+
+#: An odd vocabulary of several blocks; large numbers of rows are cut into chunks.
+H, V = 8, 5001
+
+
+def linear_call(T, dtype):
+    from trace_kernels.shared.linear import Call
+
+    hidden, weight = torch.zeros(T, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
+    return Call(hidden, weight, torch.zeros(V), torch.zeros(T, dtype=torch.int64), torch.ones(T), -100, 30.0, 1.0)
+
+
+def linear_cross_entropy(T):
+    from trace_kernels.ops.linear_cross_entropy.triton import backward, forward, stats
+    from trace_kernels.shared.linear import Gradient
+
+    for dtype in (torch.bfloat16, torch.float16):
+        call, row = linear_call(T, dtype), torch.ones(T)
+        forward(call, True, True)
+        several = call._replace(target=call.target[:, None].expand(T, 3).contiguous())
+        stats(several, True, True)
+        backward(several, row, Gradient(row, row, torch.ones(T, 3)), True, True)
+
+
+def linear_kl(T):
+    from trace_kernels.ops.linear_kl.triton import backward_weight, forward
+
+    for dtype in (torch.bfloat16, torch.float32):
+        call, row = linear_call(T, dtype)._replace(bias=None, target=None), torch.ones(T)
+        forward(call, call, True, True, None)
+        forward(call, call, False, False, None)
+        backward_weight(call, call, row, row, torch.zeros(T, dtype=torch.int64), row)
+
+
 def record(T):
     from trace_kernels.ops.record_routing.triton import forward
 
@@ -79,8 +121,15 @@ def record(T):
     forward(torch.zeros(T, 8, dtype=torch.int64), counts, mask, torch.ones(64), torch.zeros(T), None)
 
 
-@pytest.mark.parametrize("call", [route, record])
-def test_another_number_of_tokens_compiles_nothing(call, compiled):
+@pytest.mark.parametrize("call", [route, record, cross_entropy, linear_cross_entropy, linear_kl])
+def test_another_number_of_tokens_compiles_nothing(call, compiled, monkeypatch):
+    from trace_kernels.ops.linear_kl import chunked
+    from trace_kernels.shared import chunks
+
+    # One block and chunk for a few rows, several for many.
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 2**21)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**21)
+    monkeypatch.setattr(chunked, "BUDGET", 2**22)
     call(SIZES[0])
     first = list(compiled)
     assert first

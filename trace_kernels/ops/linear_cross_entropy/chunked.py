@@ -116,7 +116,7 @@ def _pass_of_all(
     dweight = WeightGradient(kernels.scaled_rows, weight, want_dweight)
     dbias = lse.new_zeros(V if want_dweight else 0)
     chunks = Chunks(hidden, V, gradient, whole=twice, summed=want_dweight)
-    numbers = torch.empty((4, chunks.rows), dtype=torch.float32, device=hidden.device)
+    numbers = chunks.state(4)
     state = State(numbers, target.new_empty(chunks.rows), numbers.new_empty(chunks.rows, K))
     for chunk in chunks.slices():
         dz, rows, mine = chunks.dz(chunk), call.rows(chunk), state.rows(chunk.stop - chunk.start)

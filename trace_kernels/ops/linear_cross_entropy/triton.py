@@ -23,6 +23,7 @@ from trace_kernels.shared.triton_common import (
     column_sums,
     launch,
     log1p,
+    padded,
     scaled_rows,
     store_rounded,
     tile,
@@ -31,6 +32,9 @@ from trace_kernels.shared.triton_common import (
 )
 
 WARPS = 8
+#: Of a thread of block_kernel: four programs a processor. Left alone, the compiler goes for five on some GPUs, by the
+#: stack.
+MAX_REGISTERS = 64
 #: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
 LAG = 40.0
 NO_LABEL = tl.constexpr(losses.NO_LABEL)
@@ -46,11 +50,12 @@ def is_kept(target, row_weight, row, num_targets, ignore_index, HAS_WEIGHT: tl.c
     return kept
 
 
-@triton.jit
+# Another number of rows cuts the vocabulary into other blocks, and is no other kernel.
+@triton.jit(do_not_specialize=["width"])
 def block_kernel(
     logits, dz, bias, target, row_weight, reference, others, pivot, gap, top, label_logit,
     first, width, stride, stride_dz, num_targets, ignore_index, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     WRITE: tl.constexpr, ENTROPY: tl.constexpr, LAG: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Add the logits of the columns ``first`` to ``first + width`` to each row's softmax.
@@ -67,21 +72,16 @@ def block_kernel(
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     if is_kept(target, row_weight, row, num_targets, ignore_index, HAS_WEIGHT):
         gap_before = tl.zeros([], tl.float32)
-        if FIRST:
-            largest = tl.full([], LOWEST, tl.float32)
-            highest = tl.full([], LOWEST, tl.float32)
-            highest_class = tl.full([], -1, tl.int64)
-            sum_before = tl.zeros([], tl.float32)
-        else:
-            largest = tl.load(reference + row)
-            highest = tl.load(pivot + row)
-            highest_class = tl.load(top + row)
-            sum_before = tl.load(others + row)
-            if ENTROPY:
-                gap_before = tl.load(gap + row)
+        later = first != 0
+        largest = tl.load(reference + row, mask=later, other=LOWEST)
+        highest = tl.load(pivot + row, mask=later, other=LOWEST)
+        highest_class = tl.load(top + row, mask=later, other=-1)
+        sum_before = tl.load(others + row, mask=later, other=0.0)
+        if ENTROPY:
+            gap_before = tl.load(gap + row, mask=later, other=0.0)
         for k in range(num_targets):
             label = tl.load(target + row * num_targets + k) - first
-            if FIRST:
+            if first == 0:
                 tl.store(label_logit + row * num_targets + k, float("nan"))  # what a label that is no class keeps
             if (label >= 0) & (label < width):
                 z = tl.load(logits + label)
@@ -92,7 +92,8 @@ def block_kernel(
         gap_total = tl.zeros([LANES], tl.float32)
         for start in range(0, width, LANES * VEC):
             inside = start + columns < width
-            z = tl.load(logits + start + columns, mask=inside, other=0.0)
+            there = start + columns < padded(width)
+            z = tl.load(logits + start + columns, mask=there, other=0.0)
             if HAS_BIAS:
                 z += tl.load(bias + first + start + columns, mask=inside, other=0.0)
             x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
@@ -127,7 +128,7 @@ def block_kernel(
             if ENTROPY:
                 gap_total += tl.sum(tl.where(rest == 0.0, 0.0, rest * (x - largest)), axis=1)
             if WRITE:
-                store_rounded(dz + first + start + columns, exponential * derivative, inside)
+                store_rounded(dz + first + start + columns, exponential * derivative, there)
         tl.store(reference + row, largest)
         tl.store(pivot + row, highest)
         tl.store(top + row, highest_class)
@@ -138,7 +139,7 @@ def block_kernel(
         zero_row(dz + first, width, columns, LANES * VEC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def finish_kernel(
     dz, target, row_weight, reference, others, pivot, gap, top, label_logit,
     logp, lse, top_class, top_logp, entropy, slope, factor,
@@ -203,7 +204,7 @@ def finish_kernel(
                 store_rounded(at, -left * derivative, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def gradient_kernel(
     logits, dz, bias, target, row_weight, lse, constant, slope_of_log, at_targets, factor,
     first, width, num_classes, stride, stride_dz, num_targets, ignore_index, softcap, logit_scale,
@@ -223,7 +224,8 @@ def gradient_kernel(
         a = tl.load(constant + row)
         for start in range(0, width, LANES * VEC):
             inside = start + columns < width
-            z = tl.load(logits + start + columns, mask=inside, other=0.0)
+            there = start + columns < padded(width)
+            z = tl.load(logits + start + columns, mask=there, other=0.0)
             if HAS_BIAS:
                 z += tl.load(bias + first + start + columns, mask=inside, other=0.0)
             x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
@@ -231,7 +233,7 @@ def gradient_kernel(
             dx = p * a
             if HAS_LOG:
                 dx += tl.where(p == 0.0, 0.0, p * tl.load(slope_of_log + row) * (x - normalizer))
-            store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
+            store_rounded(dz + start + columns, dx * derivative * logit_scale, there)
         tl.debug_barrier()  # what follows is written by whichever thread
         known = row >= 0
         for k in range(num_targets):
@@ -256,14 +258,15 @@ def gradient_kernel(
 
 def _block(z: torch.Tensor, dz: torch.Tensor, call: Call, state: State, first: int, write: bool, entropy: bool) -> None:
     assert call.target is not None
-    lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
+    lanes, vector = tile(call.num_classes, 8, WARPS, vectors_per_thread=1)
     launch(
         block_kernel, (z.shape[0],),
         z, dz, call.bias, call.target, call.row_weight, *state.numbers, state.top, state.labels,
         first, z.shape[1], z.stride(0), dz.stride(0), call.target.shape[1], call.ignore_index, *call.numbers,
-        num_warps=WARPS, bytes=z.numel() * (4 + write * dz.element_size()), cached=4 * z.numel(),
+        num_warps=WARPS, max_registers=MAX_REGISTERS, bytes=z.numel() * (4 + write * dz.element_size()),
+        cached=4 * z.numel(),
         HAS_BIAS=call.bias is not None, HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None,
-        FIRST=first == 0, WRITE=write, ENTROPY=entropy, LAG=LAG, LANES=lanes, VEC=vector,
+        WRITE=write, ENTROPY=entropy, LAG=LAG, LANES=lanes, VEC=vector,
     )  # fmt: skip
 
 
@@ -292,7 +295,7 @@ def _gradient(
     cached: bool,
 ) -> None:
     assert call.target is not None
-    lanes, vector = tile(z.shape[1], 8, WARPS, vectors_per_thread=1)
+    lanes, vector = tile(call.num_classes, 8, WARPS, vectors_per_thread=1)
     moved = z.numel() * (4 + dz.element_size())
     launch(
         gradient_kernel, (z.shape[0],),

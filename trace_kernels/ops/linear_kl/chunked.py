@@ -90,7 +90,7 @@ def _forward_of_all(
     chunks = Chunks(
         policy.hidden, V, gradient, buffers=2, whole=gradient, budget=BUDGET, rows=rows_each, overwrite=True
     )
-    state = torch.empty((7, chunks.rows), dtype=torch.float32, device=kl.device)
+    state = chunks.state(7)
     for rows in chunks.slices():
         mine, outputs = policy.rows(rows), tuple(values[rows] for values in (kl, lse, ref_lse, logp, ref_logp))
         for block in chunks.blocks():

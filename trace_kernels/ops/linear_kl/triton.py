@@ -23,6 +23,7 @@ from trace_kernels.shared.triton_common import (
     LOWEST,
     launch,
     log1p,
+    padded,
     scaled_rows,
     store_rounded,
     tile,
@@ -37,21 +38,23 @@ MAX_REGISTERS = 80
 
 
 @triton.jit
-def load_pair(policy, reference, columns, inside, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    z = tl.load(policy + columns, mask=inside, other=0.0)
+def load_pair(policy, reference, columns, width, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    inside = columns < width
+    there = columns < padded(width)
+    z = tl.load(policy + columns, mask=there, other=0.0)
     x, derivative = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
-    z = tl.load(reference + columns, mask=inside, other=0.0)
+    z = tl.load(reference + columns, mask=there, other=0.0)
     y, _ = transformed(z, softcap, logit_scale, HAS_SOFTCAP)
     return tl.where(inside, x, -float("inf")), tl.where(inside, y, -float("inf")), derivative
 
 
-@triton.jit
+# Another number of rows cuts the vocabulary into other blocks, and is no other kernel.
+@triton.jit(do_not_specialize=["width", "last"])
 def block_kernel(
     policy, reference, row_weight, maximum, total, ref_maximum, ref_total, gap, pivot, ref_pivot, top,
     kl, lse, ref_lse, logp, ref_logp,
-    first, width, stride, softcap, logit_scale,
-    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    first, width, last, stride, softcap, logit_scale,
+    HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Add a block to each row's sums; the last block makes the outputs of them, 0 in dropped rows.
 
@@ -67,30 +70,20 @@ def block_kernel(
     reference += row * stride
     columns = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     if kept:
-        if FIRST:
-            top_x = tl.full([], LOWEST, tl.float32)
-            top_y = tl.full([], LOWEST, tl.float32)
-            top_class = tl.full([], -1, tl.int64)
-            largest = tl.full([], LOWEST, tl.float32)
-            ref_largest = tl.full([], LOWEST, tl.float32)
-            sum_before = tl.zeros([], tl.float32)
-            ref_sum_before = tl.zeros([], tl.float32)
-            gap_before = tl.zeros([], tl.float32)
-        else:
-            top_x = tl.load(pivot + row)
-            top_y = tl.load(ref_pivot + row)
-            top_class = tl.load(top + row)
-            largest = tl.load(maximum + row)
-            ref_largest = tl.load(ref_maximum + row)
-            sum_before = tl.load(total + row)
-            ref_sum_before = tl.load(ref_total + row)
-            gap_before = tl.load(gap + row)
+        later = first != 0
+        top_x = tl.load(pivot + row, mask=later, other=LOWEST)
+        top_y = tl.load(ref_pivot + row, mask=later, other=LOWEST)
+        top_class = tl.load(top + row, mask=later, other=-1)
+        largest = tl.load(maximum + row, mask=later, other=LOWEST)
+        ref_largest = tl.load(ref_maximum + row, mask=later, other=LOWEST)
+        sum_before = tl.load(total + row, mask=later, other=0.0)
+        ref_sum_before = tl.load(ref_total + row, mask=later, other=0.0)
+        gap_before = tl.load(gap + row, mask=later, other=0.0)
         lane_total = tl.zeros([LANES], tl.float32)
         lane_ref_total = tl.zeros([LANES], tl.float32)
         lane_gap = tl.zeros([LANES], tl.float32)
         for start in range(0, width, LANES * VEC):
-            inside = start + columns < width
-            x, y, _ = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
+            x, y, _ = load_pair(policy, reference, start + columns, width, softcap, logit_scale, HAS_SOFTCAP)
             best = tl.max(tl.max(x, axis=1), axis=0)
             ref_best = tl.max(tl.max(y, axis=1), axis=0)
             if (best > largest) | (ref_best > ref_largest):
@@ -129,7 +122,7 @@ def block_kernel(
         others = sum_before + tl.sum(lane_total, axis=0)
         ref_others = ref_sum_before + tl.sum(lane_ref_total, axis=0)
         gaps = gap_before + tl.sum(lane_gap, axis=0)
-        if LAST:
+        if last != 0:
             # Relative to the pivot: what it leaves to the others, on both sides.
             own, ref_own = tl.exp(top_x - largest), tl.exp(top_y - ref_largest)
             everything = others + own
@@ -161,7 +154,7 @@ def block_kernel(
             tl.store(pivot + row, top_x)
             tl.store(ref_pivot + row, top_y)
         tl.store(top + row, top_class)
-    elif LAST:
+    elif last != 0:
         tl.store(kl + row, 0.0)
         tl.store(lse + row, 0.0)
         tl.store(ref_lse + row, 0.0)
@@ -170,7 +163,7 @@ def block_kernel(
         tl.store(top + row, tl.zeros([], tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def gradient_kernel(
     policy, reference, dz, row_weight, lse, ref_lse, pivot, at_pivot, factor,
     first, width, stride, stride_dz, softcap, logit_scale,
@@ -194,12 +187,11 @@ def gradient_kernel(
         ref_normalizer = tl.load(ref_lse + row)
         place = tl.load(pivot + row) - first
         for start in range(0, width, LANES * VEC):
-            inside = start + columns < width
-            x, y, derivative = load_pair(policy, reference, start + columns, inside, softcap, logit_scale, HAS_SOFTCAP)
+            x, y, derivative = load_pair(policy, reference, start + columns, width, softcap, logit_scale, HAS_SOFTCAP)
             dx = tl.exp(x - normalizer) - tl.exp(y - ref_normalizer)
             dx = tl.where(start + columns == place, tl.load(at_pivot + row), dx)
             tl.debug_barrier()  # all have read the tile, which dz may overwrite
-            store_rounded(dz + start + columns, dx * derivative * logit_scale, inside)
+            store_rounded(dz + start + columns, dx * derivative * logit_scale, start + columns < padded(width))
     else:
         zero_row(dz, width, columns, LANES * VEC)
 
@@ -214,12 +206,12 @@ def _block(
     last: bool,
 ) -> None:
     (R, width), stride = logits[0].shape, logits[0].stride(0)
-    lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
+    lanes, vector = tile(call.num_classes, 8, WARPS, vectors_per_thread=1)
     launch(
         block_kernel, (R,),
-        *logits, call.row_weight, *state, top, *outputs, first, width, stride, *call.numbers,
+        *logits, call.row_weight, *state, top, *outputs, first, width, int(last), stride, *call.numbers,
         num_warps=WARPS, max_registers=MAX_REGISTERS, bytes=8 * R * width, cached=8 * R * width,
-        HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None, FIRST=first == 0, LAST=last,
+        HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None,
         LANES=lanes, VEC=vector,
     )  # fmt: skip
 
@@ -237,7 +229,7 @@ def _gradient(
     cached: bool,
 ) -> None:
     R, width = logits[0].shape
-    lanes, vector = tile(width, 8, WARPS, vectors_per_thread=1)
+    lanes, vector = tile(call.num_classes, 8, WARPS, vectors_per_thread=1)
     launch(
         gradient_kernel, (R,),
         *logits, dz, call.row_weight, lse, ref_lse, pivot, difference, factor,
