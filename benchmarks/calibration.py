@@ -12,6 +12,7 @@ turns on the same tokens. The packages ebal and empirical_calibration are peers 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import threading
@@ -35,7 +36,7 @@ from trace_unlearn.calibration.balance import balance
 from trace_unlearn.calibration.calibrate import calibrate
 from trace_unlearn.calibration.patterns import Patterns
 from trace_unlearn.calibration.selection import select_experts
-from trace_unlearn.routing.profile import RoutingStatistics
+from trace_unlearn.routing.statistics import Contexts, RoutingStatistics
 
 L, E, K = 48, 128, 8
 TOPICS, BANK, DOCUMENT, LINKED = 32, 512, 256, 3
@@ -200,6 +201,31 @@ def whole(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: 
     ]
 
 
+def units(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: float) -> list[Row]:
+    """All of `calibrate` by what a weight looks at, beside that of tokens."""
+    # The sums over contexts are stood in for by counts, which they are close to: documents have one topic each.
+    sums = (stats.forget_counts.double(), stats.retain_counts.double())
+    counted = torch.ones(stats.retain_tokens, dtype=torch.bool)
+    stats = dataclasses.replace(stats, contexts=Contexts(counted, stats.retain_routes[:0], *sums))
+    rows: list[Row] = []
+    seconds: dict[str, float] = {}
+    for unit, most in (("token", 1), ("document", 1), ("context", 3)):
+        with Memory() as memory:
+            begin = time.perf_counter()
+            first = calibrate(stats, selected, rule=rule, unit=unit, min_ess=min_ess)
+            seconds[unit] = time.perf_counter() - begin
+        again = calibrate(stats, selected, rule=rule, unit=unit, min_ess=min_ess)
+        same = "equal bits" if torch.equal(first.token_weight, again.token_weight) else "other bits"
+        ratio = f"{seconds[unit]:.1f} s, {seconds[unit] / seconds['token']:.2f} of token"
+        rows += [
+            (f"calibrate, unit {unit}", ratio, "" if unit == "token" else f"<= {most} of token"),
+            ("  memory", f"{memory.most / 2**20:.0f} MiB", "<= 2048 MiB for 10 M"),
+            ("  ESS, largest weight", f"{first.ess:.4f}, {first.largest_weight:.2f}", ""),
+            ("  weights again", same, "equal bits"),
+        ]
+    return rows
+
+
 def repeated(stats: RoutingStatistics, selected: torch.Tensor, rule: str, min_ess: float) -> list[Row]:
     """All of `calibrate` again: the same bits? With rows compared in other chunks, and on one thread?"""
 
@@ -316,7 +342,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rule", default="balance", choices=["balance", "additive"])
     parser.add_argument("--min-ess", type=float, default=0.5)
     parser.add_argument(
-        "--only", default="pass,solve,whole,scipy,packages", help="of these parts and repeat, separated by commas"
+        "--only",
+        default="pass,solve,whole,scipy,packages",
+        help="of these, units and repeat, separated by commas",
     )
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
@@ -337,6 +365,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows += solve(stats, selected, options.rule, options.min_ess)
         if "whole" in parts:
             rows += whole(stats, selected, options.rule, options.min_ess)
+        if "units" in parts:
+            rows += units(stats, selected, options.rule, options.min_ess)
         if "repeat" in parts:
             rows += repeated(stats, selected, options.rule, options.min_ess)
         if "scipy" in parts:
