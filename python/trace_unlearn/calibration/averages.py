@@ -154,12 +154,22 @@ class Averages(Features):
 
     def dense(self, chosen: torch.Tensor) -> Dense:
         """The features of some units as numbers."""
-        first, last = self.first[chosen], self.last[chosen]
-        ones = torch.ones(int((last - first).max()) + 1 if len(chosen) else 0, dtype=torch.float64)
+        first = self.first[chosen]
+        length = self.last[chosen] - first + 1
+        ends = length.cumsum(0)
         rows = torch.empty(len(chosen), self.num_bits, dtype=torch.float64)
-        for unit, (begin, end) in enumerate(zip(first.tolist(), (last + 1).tolist(), strict=True)):
-            rows[unit] = tk.hit_moments(self.bits[begin:end], ones[: end - begin], self.num_bits)
-        rows /= (last - first + 1)[:, None]
+        begin = 0
+        while begin < len(chosen):
+            before = int(ends[begin - 1]) if begin else 0
+            most = before + _CHUNK // max(1, self.num_bits)
+            end = max(begin + 1, int(torch.searchsorted(ends, most, right=True)))
+            part = length[begin:end]
+            starts = part.cumsum(0) - part
+            positions = torch.arange(int(part.sum())) + torch.repeat_interleave(first[begin:end] - starts, part)
+            bits = np.unpackbits(self.bits[positions].numpy(), axis=1, count=self.num_bits)
+            rows[begin:end] = torch.from_numpy(np.add.reduceat(bits, starts.numpy(), axis=0, dtype=np.int32))
+            begin = end
+        rows /= length[:, None]
         return Dense(self.counts[chosen], torch.empty(0, dtype=torch.int32), self.num_bits, rows)
 
 
