@@ -7,8 +7,9 @@ bytes and FLOPs. A planned time is the sum over all of them of the larger of byt
 product's waves of tiles, and of a gap for each launch; the floor is bytes / bandwidth and FLOPs / peak of the op's
 `cases.traffic`. Both are models of an H200, not measurements. A product with few tiles and a long sum is assumed to be
 split along it by the library where that fills the card; a block of logits that fits the L2 cache is assumed to stay
-there until the kernel after the product has read it. `host` is what the host needs for the launches of a call by what
-one took on a CPU: where it is above the planned time, the device waits.
+there until the kernel after the product has read it. Where half of the rows are ignored, as prompts and padding are,
+`floor` is the planned time of the same call with all of them, and the wait for their number counts. `host` is what the
+host needs for the launches of a call by what one took on a CPU: where it is above the planned time, the device waits.
 """
 
 from __future__ import annotations
@@ -33,8 +34,17 @@ FLOPS, BANDWIDTH = 788e12, 4.3e12
 CACHE_BANDWIDTH, CACHE_BYTES = 5.5e12, 40e6
 #: Seconds from the end of a launch to the start of the next, and those that the host needs for one.
 GAP, HOST = 1e-6, 22e-6
+#: Seconds until the host knows how many rows take part.
+WAIT = 20e-6
 #: Planned over floor. The row ops take a few microseconds, of which a launch is most.
-GOALS = {"linear": 1.25, "KL": 1.35}
+GOALS = {"linear": 1.25, "KL": 1.35, "half": 0.55}
+
+#: Calls that are also planned with half of the rows ignored.
+HALF = {
+    "frozen head, any weights": "frozen head, half ignored",
+    "trainable head, known weights": "trainable head, half ignored",
+    "KL, frozen head": "KL, half ignored",
+}
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,9 @@ def product_seconds(product: Product) -> float:
     return min(map(seconds, splits))
 
 
-def plan(call: Callable[[], object]) -> Plan:
-    with recording() as recorded, TorchOperations() as torch_operations:
+def plan(call: Callable[[], object], share: float | None = None) -> Plan:
+    """share: of the rows, those that take part; None: all, and the host does not ask."""
+    with recording(share) as recorded, TorchOperations() as torch_operations:
         call()
     products = [entry for entry in recorded if isinstance(entry, Product)]
     in_products = sum(map(product_seconds, products))
@@ -114,7 +125,7 @@ def plan(call: Callable[[], object]) -> Plan:
     ]
     other_seconds = sum(kernels) + sum(torch_operations.bytes) / BANDWIDTH
     launches = len(products) + len(kernels) + len(torch_operations.bytes)
-    other_seconds += GAP * launches
+    other_seconds += GAP * launches + (0.0 if share is None else WAIT)
     return Plan(in_products + other_seconds, other_seconds, launches, sum(product.flops for product in products))
 
 
@@ -220,8 +231,10 @@ def rows() -> list[tuple[str, str, str, float, Plan]]:
     for model in MODELS:
         for name, (op, passes, call) in linear_calls(model).items():
             case = Case("bench_frozen", {"T": TOKENS, "H": model.H, "V": model.V}, lambda *_: NotImplemented)
-            kind = "KL" if "KL" in name else "linear"
-            found.append((kind, model.name, name, floor(op, case, passes), plan(call)))
+            kind, whole = "KL" if "KL" in name else "linear", plan(call)
+            found.append((kind, model.name, name, floor(op, case, passes), whole))
+            if name in HALF:
+                found.append(("half", model.name, HALF[name], whole.seconds, plan(call, 0.5)))
     for model in MODELS:
         for name, (op, case, call) in row_calls(model).items():
             # Their FLOPs never bind: element-wise work is not done at the products' peak.

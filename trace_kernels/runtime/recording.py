@@ -25,17 +25,26 @@ class Product:
 
 
 _recorded: list[Any] | None = None
+_share: float | None = None
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Any]]:
-    """Collect launches and products instead of running them: for meta tensors, whose results nobody can see."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recording(share: float | None = None) -> Iterator[list[Any]]:
+    """Collect launches and products instead of running them: for meta tensors, whose results nobody can see.
+
+    share: of the rows of a loss, those that take part, which no meta tensor says; None: all are computed.
+    """
+    global _recorded, _share
+    before, _recorded, _share = (_recorded, _share), [], share
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _share = before
+
+
+def recorded_share() -> float | None:
+    """What `recording` was told."""
+    return _share
 
 
 def is_recording() -> bool:

@@ -57,7 +57,10 @@ def dense(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
 
 
-#: Bytes of what is kept of one chunk's [R, V], unless TRACE_KERNELS_CHUNK_BYTES says otherwise.
+#: Bytes of what is kept of one chunk's [R, V], unless TRACE_KERNELS_CHUNK_BYTES says otherwise. With 8192 tokens and a
+#: head of 151936 x 2048 it is 2048 rows, and .69 GB with the block of logits. The next smaller chunk that cuts the
+#: tokens evenly has 1664 rows and .54 GB: by the model of benchmarks.traffic 2.8 % more time with a frozen head, and
+#: twice the launches.
 CHUNK_BYTES = 640_000_000
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from trace_kernels.runtime.recording import is_recording
+from trace_kernels.runtime.recording import is_recording, recorded_share
 
 
 def kept_rows(kept: torch.Tensor) -> torch.Tensor | None:
@@ -17,7 +17,10 @@ def kept_rows(kept: torch.Tensor) -> torch.Tensor | None:
 
     kept: [T] bool.
     """
-    if is_recording() or not len(kept) or (kept.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_recording():
+        share = recorded_share()
+        return None if share is None else kept.new_empty(int(len(kept) * share), dtype=torch.int64)
+    if not len(kept) or (kept.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     index = kept.nonzero()[:, 0]  # waits for the device
     if len(index) == len(kept):

@@ -82,8 +82,8 @@ class WholeCheckpoints(Trainer):
         if source is not None:
             (folder / GENERATION).unlink(missing_ok=True)
             copy_rest(source, folder)
-        if dtype is not None:
-            _name_dtype(folder / "config.json", dtype)
+        if dtype is not None and (config := folder / "config.json").exists():  # adapters as they are have none
+            _name_dtype(config, dtype)
         if self.processing_class is not None and (source is None or not has_tokenizer(source)):
             self.processing_class.save_pretrained(folder)
 
