@@ -19,6 +19,8 @@ def test_nothing_is_asked_during_a_capture(monkeypatch):
     kept = torch.tensor([True, False])
     with recording():
         assert kept_rows(torch.empty(2, dtype=torch.bool, device="meta")) is None
+    with recording(0.5):
+        assert kept_rows(torch.empty(6, dtype=torch.bool, device="meta")).shape == (3,)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert kept_rows(kept) is None
