@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trace_kernels as tk
+from trace_kernels.ops.linear_kl.cases import divergence
 from trace_kernels.testing.conformance import ROUNDING
 
 FACTOR = 2.0
@@ -221,19 +222,19 @@ def test_cross_entropy(p):
 
 
 @fuzz
-@given(problems())
-def test_linear_kl(p):
+@given(problems(), st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]))
+def test_linear_kl(p, beta):
     counted = p["target"] != p["ignore_index"]
 
     def ours(p, backend):
         arguments = (p["hidden"], p["weight"], p["ref_hidden"], p["ref_weight"], p["token_weight"])
         kwargs = options(p, "reduction", "normalizer")
-        return tk.linear_kl(*arguments, mask=counted, **kwargs, backend=backend)
+        return tk.linear_kl(*arguments, mask=counted, beta=beta, **kwargs, backend=backend)
 
     def plain(p):
         log_p = head(p["hidden"], p["weight"], None, p["softcap"], p["logit_scale"]).log_softmax(-1)
         log_q = head(p["ref_hidden"], p["ref_weight"], None, p["softcap"], p["logit_scale"]).log_softmax(-1)
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        kl = divergence(log_p, log_q, beta)
         return reduce(kl, counted, p["token_weight"], p["reduction"], p["normalizer"])
 
     z = F.linear(p["hidden"].double(), p["weight"].double()) * 2

@@ -6,6 +6,7 @@ and the ways through an op that the cases do not take.
 
 import math
 
+import mpmath
 import pytest
 import torch
 
@@ -127,6 +128,40 @@ def test_divergence_of_two_models_that_are_sure_of_the_same(backend, lead, group
         dhidden, dweight = torch.autograd.grad(kl, (leaf, eye))
         assert worst(dhidden, difference) <= budget(lead, torch.float32)
         assert worst(dweight, difference.T @ logits.double()) <= budget(lead, torch.float32)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("lead", [0, 5, 20, 40, 80])
+@pytest.mark.parametrize("same", [True, False], ids=["of_the_same", "of_others"])
+def test_divergence_with_a_beta_of_models_that_are_sure(beta, lead, same):
+    mpmath.mp.dps = 120
+    logits, target = (values[:4] for values in inputs("target", lead))
+    ref_logits = logits.flip(1).contiguous()
+    ref_logits[torch.arange(4), target if same else (target + 1) % V] = lead + 1.0
+    if same:
+        ref_logits[torch.arange(4), V - 1 - target] = 0.25
+    expected, expected_dz = [], []
+    for row, ref_row in zip(logits.tolist(), ref_logits.tolist(), strict=True):
+        p, q = ([mpmath.exp(z) for z in some] for some in (row, ref_row))
+        p, q = [x / mpmath.fsum(p) for x in p], [x / mpmath.fsum(q) for x in q]
+        m = [(1 - mpmath.mpf(beta)) * x + mpmath.mpf(beta) * y for x, y in zip(p, q, strict=True)]
+        if beta == 1:
+            m, scale = q, 1
+        else:
+            scale = 1 - mpmath.mpf(beta)
+        g = [mpmath.log(x / y) for x, y in zip(p, m, strict=True)]
+        kl = mpmath.fsum(x * y for x, y in zip(p, g, strict=True))
+        of_ref = 0 if beta == 1 else mpmath.fsum(y * mpmath.log(y / x) for x, y in zip(m, q, strict=True))
+        expected.append(float(scale * kl + beta * of_ref))
+        expected_dz.append([float(scale * x * (y - kl)) for x, y in zip(p, g, strict=True)])
+    leaf, eye = logits.clone().requires_grad_(), torch.eye(V, requires_grad=True)
+    value = tk.linear_kl(leaf, eye, ref_logits, torch.eye(V), reduction="none", beta=beta)
+    dz, dweight = torch.autograd.grad(value.sum(), (leaf, eye))
+    exact_dz = torch.tensor(expected_dz, dtype=torch.float64)
+    allowed = budget(lead, torch.float32)
+    assert worst(value.detach(), torch.tensor(expected, dtype=torch.float64)) <= allowed
+    assert worst(dz, exact_dz) <= allowed
+    assert worst(dweight, exact_dz.T @ logits.double()) <= allowed
 
 
 def test_token_stats_where_a_class_is_nearly_certain():

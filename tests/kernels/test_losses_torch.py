@@ -1,6 +1,7 @@
 """The loss ops inside torch: opcheck, fake tensors, compile, autocast, and what they refuse."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -61,9 +62,11 @@ def test_opcheck_token_stats(hidden, weight, bias, softcap, backend):
 @pytest.mark.parametrize("hidden, weight, row_weight", list(itertools.product(BOTH, BOTH, BOTH)))
 def test_opcheck_kl(hidden, weight, row_weight, softcap, backend):
     policy_hidden, policy_weight, _, _, rows = tensors(torch.float32, hidden, weight, None, row_weight)
-    arguments = (policy_hidden, policy_weight, torch.randn(T, 3), torch.randn(V, 3), rows, softcap, 0.7)
-    torch.library.opcheck(OPS.linear_kl, (*arguments, None, hidden, backend))
-    torch.library.opcheck(OPS.linear_kl_sum, (*arguments, hidden, weight, backend))
+    # With a beta the backend does not matter.
+    for beta in (0.0, 0.3) if backend == "reference" else (0.0,):
+        arguments = (policy_hidden, policy_weight, torch.randn(T, 3), torch.randn(V, 3), rows, softcap, 0.7, beta)
+        torch.library.opcheck(OPS.linear_kl, (*arguments, None, hidden, backend))
+        torch.library.opcheck(OPS.linear_kl_sum, (*arguments, hidden, weight, backend))
 
 
 @VARIANTS
@@ -93,8 +96,10 @@ def test_opcheck_backward(dtype, softcap, backend):
     torch.library.opcheck(OPS.linear_mean_logit_backward, (grad, hidden, weight, bias, target, None, -100, *options))
     reference = (torch.randn(T, 3), torch.randn(V, 3))
     pivot = torch.tensor([0, 3, 10, 2, 2])
-    known = (lse, lse, pivot, torch.rand(T), backend)
-    torch.library.opcheck(OPS.linear_kl_backward_weight, (hidden, weight, *reference, grad, *options, *known))
+    known = (lse, lse, pivot, torch.rand(T), None, backend)
+    for beta in (0.0, 0.3):
+        arguments = (hidden, weight, *reference, grad, *options, beta, *known)
+        torch.library.opcheck(OPS.linear_kl_backward_weight, arguments)
     logits = torch.randn(T, V).to(dtype)
     for uniform in (None, grad):
         arguments = (logits, target, lse, grad, uniform, grad, -100, *options, backend)
@@ -160,7 +165,8 @@ def test_compiles_once_for_all_lengths():
     def step(hidden, weight, target, token_weight, number):
         loss = tk.linear_cross_entropy(hidden.tanh(), weight, target, token_weight, logit_scale=0.7)
         loss = loss + tk.linear_cross_entropy(hidden, weight, target, token_weight, normalizer=number)
-        return loss + tk.linear_log_prob(hidden, weight, target).mean() + tk.linear_kl(hidden, weight, hidden, weight)
+        kl = sum(tk.linear_kl(hidden, weight, hidden, weight, beta=beta) for beta in (0.0, 0.3))
+        return loss + tk.linear_log_prob(hidden, weight, target).mean() + kl
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
     for length, number in ((5, 0.5), (7, 0.7), (12, 0.9)):
@@ -238,6 +244,9 @@ REFUSED = [
     (tk.linear_cross_entropy, LCE, {"softcap": float("inf")}, ValueError, "softcap: got inf"),
     (tk.linear_log_prob, LCE, {"softcap": 1e39}, ValueError, r"softcap: got 1e\+39, .* from 1e-30 to 1e30"),
     (tk.cross_entropy, (hidden, target), {"softcap": 1e38}, ValueError, r"softcap: got 1e\+38"),
+    (tk.linear_kl, KL, {"beta": 1.5}, ValueError, "beta: got 1.5, allowed is a number from 0 to 1"),
+    (tk.linear_kl, KL, {"beta": math.nan}, ValueError, "beta: got nan"),
+    (tk.linear_kl, KL, {"beta": "0.5"}, TypeError, "beta: got"),
     (tk.linear_kl, KL, {"softcap": 1e-50}, ValueError, "softcap: got 1e-50"),
     (tk.linear_cross_entropy, LCE, {"logit_scale": float("nan")}, ValueError, "logit_scale: got nan"),
     (tk.linear_cross_entropy, LCE, {"logit_scale": None}, TypeError, "logit_scale: got NoneType"),

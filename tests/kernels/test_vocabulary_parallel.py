@@ -169,7 +169,7 @@ def check_operators(rank):
     rows, head, offset = leaves(hidden, weight[part], offset[part])
     arguments = (rows, head, offset, target, token_weight, -100, 3.0, 0.7, name, True, "reference")
     opcheck(linear_log_prob_op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
-    arguments = (rows, head, ref_hidden, ref_weight[part], token_weight, None, 0.7, name, True, "reference")
+    arguments = (rows, head, ref_hidden, ref_weight[part], token_weight, None, 0.7, 0.0, name, True, "reference")
     opcheck(linear_kl_op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
     compiled = torch.compile(tk.linear_cross_entropy, fullgraph=True, backend="aot_eager")
     results = []
@@ -203,6 +203,14 @@ def checks(backends):
             found[f"{name} kl, softcap"] = functools.partial(
                 check_kl, backend=backend, dtype=dtype, softcap=2.0, logit_scale=1.3, masked=False, trainable=False
             )
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for beta in (0.4, 1.0):
+            divergence = functools.partial(check_kl, backend="reference", dtype=dtype, beta=beta)
+            name = f"{str(dtype).removeprefix('torch.')} beta {beta}"
+            found[name] = divergence
+            found[f"{name}, softcap"] = functools.partial(divergence, softcap=2.0, masked=False, trainable=False)
+            if dtype == torch.float64:  # where models are sure, float32 shows the rounding of its logits
+                found[f"{name}, scaled"] = functools.partial(divergence, logit_scale=40.0)
     backend = next(iter(backends))
     weights = {"function": "ce", "dtype": torch.float32, "weights_need_gradient": True}
     found["weights that need a gradient"] = functools.partial(check_loss, backend=backend, **weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,14 +74,27 @@ def _eager(
     normalizer: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    beta: float = 0.0,
 ) -> torch.Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     log_p = _logits(hidden, weight, softcap, logit_scale, dtype).log_softmax(-1)
     with torch.no_grad():
         log_q = _logits(ref_hidden, ref_weight, softcap, logit_scale, dtype).log_softmax(-1)
-    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    kl = divergence(log_p, log_q, beta)
     counted = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
     return eager_reduce(kl, counted, token_weight, reduction, normalizer)
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    def kl(log_m: torch.Tensor, log_of: torch.Tensor) -> torch.Tensor:
+        return F.kl_div(log_m, log_of, reduction="none", log_target=True).sum(-1)
+
+    if beta == 0:
+        return kl(log_p, log_q)
+    if beta == 1:
+        return kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    return beta * kl(log_m, log_q) + (1 - beta) * kl(log_m, log_p)
 
 
 def _torch_compile(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -131,6 +145,24 @@ OP = OpCases(
         Case("width_1", {"T": 37, "H": 1, "V": 101}, _builder()),
         Case("tiles_fp32", {"T": 300, "H": 200, "V": 2100}, _builder()),
         Case("tiles_bf16", {"T": 300, "H": 200, "V": 2100}, _builder(frozen=True), torch.bfloat16),
+        *(
+            Case(f"beta_{beta}_{name}", sizes, _builder(beta=beta, **settings), dtype)
+            for beta in (0.1, 0.5, 1.0)
+            for name, sizes, dtype, settings in (
+                ("full_fp32", SMALL, torch.float32, {"softcap": 3.0, "logit_scale": 0.7}),
+                ("full_bf16", SMALL, torch.bfloat16, {"softcap": 3.0, "logit_scale": 0.7, "reduction": "none"}),
+                ("fp16", SMALL, torch.float16, {"reduction": "sum"}),
+                ("frozen", SMALL, torch.bfloat16, {"frozen": True, "ref_width": 7}),
+                ("weights_need_gradient", SMALL, torch.float32, {"weights_need_gradient": True}),
+                ("peaked", SMALL, torch.float32, {"spread": 60.0, "reduction": "none"}),
+                ("same", SMALL, torch.float32, {"same": True, "reduction": "none"}),
+                ("all_masked", SMALL, torch.float32, {"ignored": 1.1}),
+                ("strided", SMALL, torch.float32, {"strided": True, "leading": (37,)}),
+                ("empty", {"T": 0, "H": 24, "V": 101}, torch.float32, {}),
+                ("one_class", {"T": 5, "H": 24, "V": 1}, torch.float32, {"ignored": 0.0}),
+                ("tiles", {"T": 300, "H": 200, "V": 2100}, torch.bfloat16, {}),
+            )
+        ),
         *benchmark_cases(_builder),
     ),
     traffic=_traffic,

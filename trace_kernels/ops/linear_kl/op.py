@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trace_kernels.ops.linear_kl import cuda, native, reference
+from trace_kernels.ops.linear_kl import cuda, divergence, native, reference
 from trace_kernels.runtime import cuda_backend, triton_backend, validate
 from trace_kernels.runtime.backends import OpBackends
 from trace_kernels.shared import losses, vocabulary
@@ -41,6 +41,7 @@ def linear_kl(
     normalizer: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    beta: float = 0.0,
     group: Any = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -51,6 +52,12 @@ def linear_kl(
         q_t = \text{softmax}(\text{softcap}(\text{logit\_scale} \cdot W^\text{ref} h^\text{ref}_t)), \quad
         \text{kl}_t = \sum_v q_{tv} \log \frac{q_{tv}}{p_{tv}}, \quad
         \text{loss} = \frac{\sum_t w_t \, \text{kl}_t}{\sum_t w_t}
+
+    and with a `beta` the generalised Jensen-Shannon divergence, as TRL and Liger define it, in place of kl_t:
+
+    .. math::
+        \text{beta} \; \text{KL}(q_t \| m_t) + (1 - \text{beta}) \, \text{KL}(p_t \| m_t), \quad
+        m_t = (1 - \text{beta}) \, p_t + \text{beta} \; q_t
 
     over the tokens of the mask; softcap(x) = cap * tanh(x / cap), or x without one. The reference is constant: it gets
     no gradient. Logits and losses are float32 whatever the inputs (float64 for float64 inputs), in nats. Tokens
@@ -68,6 +75,8 @@ def linear_kl(
         normalizer: a number or 0-d tensor that replaces the denominator of "mean"; a constant.
         softcap: from 1e-30 to 1e30.
         logit_scale: finite; 1 / temperature.
+        beta: from 0 to 1. 0 is KL(ref || policy), 1 is KL(policy || ref), between them the divergence above; any but 0
+            is computed in plain torch, some rows at a time, whatever the backend, and takes longer than 0.
         group: None, or a ProcessGroup or DeviceMesh over which the vocabulary is split; see linear_cross_entropy. Both
             weights are split at the same classes.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
@@ -90,6 +99,9 @@ def linear_kl(
         >>> abs(loss.item()) < 1e-6
         True
         >>> loss.backward()
+        >>> policy, ref = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])  # of each other nothing is left
+        >>> f"{tk.linear_kl(policy, torch.eye(2), ref, torch.eye(2), beta=0.5).item():.2f}"  # log 2
+        '0.69'
     """
     weight, sliced, group_name = vocabulary.local_head(weight, ref_weight, group, ("weight", "ref_weight"))
     ref_weight = ref_weight if sliced is None else sliced
@@ -113,6 +125,9 @@ def linear_kl(
         validate.check_shape("mask", mask, leading, "the leading shape of hidden")
         validate.check_device("mask", mask, hidden.device, "hidden")
     losses.check_logits(softcap, logit_scale)
+    losses.check_number("beta", beta, "a number from 0 to 1")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: got {beta}, allowed is a number from 0 to 1")
     losses.check_no_tangents(hidden=hidden, weight=weight)
 
     hidden, weight = losses.autocast(hidden), losses.autocast(weight)
@@ -123,7 +138,7 @@ def linear_kl(
     num_rows = leading.numel()
     rows = hidden.reshape(num_rows, hidden.shape[-1])
     matrices = (rows, weight, ref_hidden.reshape(num_rows, ref_hidden.shape[-1]), ref_weight)
-    options = (None if softcap is None else float(softcap), float(logit_scale))
+    options = (None if softcap is None else float(softcap), float(logit_scale), float(beta))
     counted = hidden.new_ones(num_rows, dtype=torch.bool) if mask is None else mask.reshape(-1)
     in_mask = None if mask is None else counted.to(dtype)
     weighting = losses.Weighting(token_weight, counted, reduction, normalizer, dtype)
@@ -164,6 +179,7 @@ def linear_kl_op(
     row_weight: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    beta: float,
     group_name: str | None,
     want_dhidden: bool,
     backend: str,
@@ -172,6 +188,10 @@ def linear_kl_op(
     calls = _calls(hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
         functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
+        if beta != 0:
+            kl, dhidden, _ = divergence.forward(*calls, beta, want_dhidden, False, group_name)
+            unused = torch.zeros_like(kl)
+            return kl, unused, unused.clone(), kl.new_zeros(len(kl), dtype=torch.int64), unused.clone(), dhidden
         exchange = None if group_name is None else functools.partial(_exchange, group_name)
         *rows, dhidden, _ = functions.forward(*calls, want_dhidden, False, exchange)
     return *rows, dhidden
@@ -216,8 +236,8 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *matrices, row_weight, softcap, logit_scale, ctx.group_name, _, ctx.backend = inputs
-    ctx.options = (softcap, logit_scale)
+    *matrices, row_weight, softcap, logit_scale, beta, ctx.group_name, _, ctx.backend = inputs
+    ctx.options = (softcap, logit_scale, beta)
     kl, *rows, dhidden = output
     ctx.mark_non_differentiable(*rows, dhidden)
     ctx.set_materialize_grads(False)
@@ -227,7 +247,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
     kl, dhidden, row_weight, *recompute = ctx.saved_tensors
-    grads: list[torch.Tensor | None] = [None] * 10
+    grads: list[torch.Tensor | None] = [None] * 11
     if grad is not None:
         if row_weight is not None:
             grad = torch.where(row_weight == 0, 0, grad)
@@ -237,7 +257,9 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch
             if ctx.group_name is not None:
                 grads[0] = vocabulary.sum_over_group(grads[0], ctx.group_name)
         if recompute:
-            grads[1] = linear_kl_backward_weight(*recompute[:4], grad, *ctx.options, *recompute[4:], ctx.backend)
+            grads[1] = linear_kl_backward_weight(
+                *recompute[:4], grad, *ctx.options, *recompute[4:], ctx.group_name, ctx.backend
+            )
     return tuple(grads)
 
 
@@ -253,16 +275,20 @@ def linear_kl_backward_weight(
     row_grad: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
+    beta: float,
     lse: torch.Tensor,
     ref_lse: torch.Tensor,
     pivot: torch.Tensor,
     difference: torch.Tensor,
+    group_name: str | None,
     backend: str,
 ) -> torch.Tensor:
     """Dweight [V, H]: the sum of row_grad_t * d kl_t; rows with row_grad 0 are dropped."""
     calls = _calls(hidden, weight, ref_hidden, ref_weight, row_grad, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
         functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
+        if beta != 0:
+            return divergence.forward(*calls, beta, False, True, group_name)[2]
         dweight: torch.Tensor = functions.backward_weight(*calls, lse, ref_lse, pivot, difference)
     return dweight
 
@@ -284,6 +310,7 @@ def linear_kl_sum(
     row_weight: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    beta: float,
     want_dhidden: bool,
     want_dweight: bool,
     backend: str,
@@ -292,7 +319,10 @@ def linear_kl_sum(
     calls = _calls(hidden, weight, ref_hidden, ref_weight, row_weight, softcap, logit_scale)
     with losses.without_autocast(hidden.device):
         functions = backends.select(backend, hidden.device, hidden, weight, ref_hidden, ref_weight)
-        kl, *_, dhidden, dweight = functions.forward(*calls, want_dhidden, want_dweight, None)
+        if beta != 0:
+            kl, dhidden, dweight = divergence.forward(*calls, beta, want_dhidden, want_dweight, None)
+        else:
+            kl, *_, dhidden, dweight = functions.forward(*calls, want_dhidden, want_dweight, None)
     return (kl if row_weight is None else kl * row_weight).sum(), dhidden, dweight
 
 
@@ -315,7 +345,7 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ..
 
 def _backward_sum(ctx: Any, grad: torch.Tensor | None, *unused: None) -> tuple[torch.Tensor | None, ...]:
     total, dhidden, dweight, row_weight = ctx.saved_tensors
-    grads: list[torch.Tensor | None] = [None] * 10
+    grads: list[torch.Tensor | None] = [None] * 11
     if grad is not None:
         if ctx.needs_input_grad[0]:
             grads[0] = losses.scale_stash(dhidden, grad if row_weight is None else grad * row_weight, total)
