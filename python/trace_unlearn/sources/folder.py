@@ -66,6 +66,16 @@ def _rest(source: Path) -> Iterator[Path]:
             yield path
 
 
+def refuse_inside(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
+    """UserError where `output` lies in the folder of a checkpoint: it would be copied into what is made from that."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and Path(output).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"output: {output} lies in the folder of the model, {model}, whose files go into the unlearned checkpoint; "
+            "name a place outside it"
+        )
+
+
 def shard_size(source: Path) -> int | None:
     """The size in bytes of the largest file of weights where there are several; None for one file."""
     for pattern in ("*.safetensors", "pytorch_model*.bin"):

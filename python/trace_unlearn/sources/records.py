@@ -15,7 +15,13 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 ALLOWED = (
     f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or the name of a data set on the hub, owner/name[:config]"
 )
-CONVERT = "in Python: pandas.{reader}(...).to_json('{name}.jsonl', orient='records', lines=True)"
+CONVERT = "in Python: pandas.{reader}.to_json('{stem}.jsonl', orient='records', lines=True)"
+_TABLES = {
+    ".csv": "read_csv('{name}')",
+    ".tsv": "read_csv('{name}', sep='\\t')",
+    ".xlsx": "read_excel('{name}')",
+    ".xls": "read_excel('{name}')",
+}
 HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<config>[\w.,=-]+))?")
 
 
@@ -62,9 +68,8 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Record]]:
         raise UserError(f"{path}: no such file; give {ALLOWED}")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        how = CONVERT.format(name=path.stem, reader="read_csv" if suffix in (".csv", ".tsv") else "read_excel")
-        tables = (".csv", ".tsv", ".xlsx", ".xls")
-        hint = f" ({how})" if suffix in tables else ""
+        reader = _TABLES.get(suffix, "").format(name=path.name)
+        hint = f" ({CONVERT.format(reader=reader, stem=path.stem)})" if reader else ""
         raise UserError(f"{path}: cannot read {suffix or 'a file without a suffix'}; give {ALLOWED}{hint}")
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
@@ -169,7 +174,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
 
 
 def _every_other_is_nul(raw: bytes) -> bool:
-    return len(raw) >= 4 and (not any(raw[::2]) or not any(raw[1::2]))
+    return len(raw) >= 4 and any(raw[::2]) != any(raw[1::2])
 
 
 def _parse(line: str, path: Path, number: int) -> Any:

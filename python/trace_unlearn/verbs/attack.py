@@ -209,7 +209,7 @@ def check(options: AttackOptions) -> list[str]:
     if not options.attacks or not set(options.attacks) <= set(ATTACKS):
         raise UserError(f"attacks: got {', '.join(options.attacks) or 'none'}; allowed are {', '.join(ATTACKS)}")
     check_integers(options, relearn_rows=1, relearn_steps=1, relearn_every=1, relearn_batch_size=1, relearn_lora_rank=0)
-    check_integers(options, group_size=1, batch_size=1, seed=0)
+    check_integers(options, group_size=1, batch_size=1, seed=0, max_length=2, forget_limit=1, retain_limit=1)
     check_numbers(options, "relearn_learning_rate", above_0=True)
     if not options.bits or not all(2 <= bits <= 8 for bits in options.bits):
         raise UserError(f"bits: got {options.bits}, allowed are integers from 2 to 8")

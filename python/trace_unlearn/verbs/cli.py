@@ -183,25 +183,34 @@ def _parse(parser: ArgumentParser, words: Sequence[str], module: Any) -> Namespa
     words = _with_lists(parser, _with_switches(parser, words))
     for flag, following in itertools.pairwise([*words, ""]):
         if flag == "--config" or flag.startswith("--config="):
-            _check_unique(flag.partition("=")[2] or following)
+            _check_file(flag.partition("=")[2] or following)
     try:
         return parser.parse_args(words)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
     except (jsonargparse.ArgumentError, OSError) as error:
         message = _plain(str(getattr(error, "message", None) or error))
         raise UserError(f"{message}{_meant(message, parser, module)}\nSee {parser.prog} --help") from error
 
 
-def _check_unique(path: str) -> None:
-    """UserError where a YAML file has a key twice: the parser takes the last one without a word."""
+def _check_file(path: str) -> None:
+    """UserError where a YAML file is none, or has a key twice: the parser takes the last one without a word."""
     import yaml
 
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             root = yaml.compose(file, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except OSError:
         return  # which the parser says better
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): a YAML file is expected") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        tab = " (YAML indents with spaces, not with tabs)" if "'\\t'" in problem or "tab character" in problem else ""
+        raise UserError(f"{path}: {place}not valid YAML: {problem}{tab}") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+        raise UserError(f"{path}: {kind}; options are expected, one a line, such as model: ./my-moe")
     nodes = [root] if root is not None else []
     while nodes:
         node = nodes.pop()

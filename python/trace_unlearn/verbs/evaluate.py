@@ -99,6 +99,7 @@ def check(options: EvaluateOptions) -> list[str]:
     if len(set(models)) < len(models):
         raise UserError(f"models: got {', '.join(models)}; each may be named once")
     check_integers(options, batch_size=1, max_new_tokens=0, max_generations=1, routing_tokens=1)
+    check_integers(options, max_length=2, forget_limit=1, retain_limit=1)
     if options.device_map is None:
         check_placement(options.dtype, options.device)
     check_template(options.question_template)

@@ -12,6 +12,7 @@ from trace_unlearn.routing.profile import profile_routing
 from trace_unlearn.routing.statistics import DEFAULT_UNIT, UNITS
 from trace_unlearn.sources.data import asked, check_disjoint, check_positions, check_template, load_tokens
 from trace_unlearn.sources.encoding import DATE
+from trace_unlearn.sources.folder import refuse_inside
 from trace_unlearn.sources.model import check_inputs, check_placement, load_model, load_tokenizer
 
 MAKES = "profile"
@@ -54,7 +55,8 @@ class ProfileOptions:
 
 def check(options: ProfileOptions) -> None:
     """UserError for what can be told from the options alone."""
-    check_integers(options, batch_size=1)
+    check_integers(options, batch_size=1, max_length=2, forget_limit=1, retain_limit=1)
+    refuse_inside(options.output, options.model)
     check_word("unit", options.unit, UNITS)
     check_placement(options.dtype, options.device)
     check_template(options.question_template)

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from trace_unlearn.checks import check_integers, check_numbers, check_word, meant
 from trace_unlearn.errors import UserError
 from trace_unlearn.sources.data import check_template
+from trace_unlearn.sources.folder import refuse_inside
 from trace_unlearn.training.config import TraceConfig
 from trace_unlearn.training.experts import check_words
 from trace_unlearn.training.pace import INCREASE
@@ -160,6 +161,8 @@ def known_names() -> list[str]:
 def check(options: TrainOptions) -> TraceConfig:
     """The method's knobs; UserError for what can be told from the options alone. Which experts is not known yet."""
     config = _paced(options)
+    check_integers(options, max_length=2, forget_limit=1, retain_limit=1)
+    refuse_inside(options.output, options.model)
     check_words(options.experts, options.calibration, options.profile)
     if config.anchor_experts:
         raise UserError("method.anchor_experts: got some; give them as experts, which are trained and anchored to")

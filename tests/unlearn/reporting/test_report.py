@@ -105,6 +105,25 @@ def test_report_verb_writes_one_self_contained_page(run_folder, capsys):
         assert (run_folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_phone_shows_the_verdict_before_all_tables_and_pictures(run_folder):
+    metrics = files.read_json(run_folder / "metrics.json")
+    sentence = "Forgotten (forget set: NLL 1.000 -> 5.125), kept (retain set: NLL 0.500 -> 0.500)."
+    metrics["verdicts"] = {"after": {"sentence": sentence}}
+    files.write_json(run_folder / "metrics.json", metrics)
+    assert cli.main(["report", str(run_folder)]) == 0
+    head, body = (run_folder / "report.html").read_text().split("<body>")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in head
+    begin = [body.index(part) for part in ("<h1>", 'class="verdict"', 'class="tiles"', "<h2>", "<table", "<img")]
+    assert begin[0] == min(begin)
+    assert sorted(begin)[1] == begin[1]
+    text = " ".join(re.sub(r"<[^>]+>", " ", body).replace("&gt;", ">").split())
+    assert text.index(sentence) < 120  # a title and a line before it: the first screen of any phone
+    # Nothing is wider than the screen: tables scroll by themselves, pictures shrink.
+    assert body.count("<table") == body.count('<div class="scroll"')
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", head)
+    assert re.search(r"img \{[^}]*max-width: 100%", head)
+
+
 def known(share, nll=1.0, **more):
     return {"nll": nll, "exact_memorization": share, "extraction_strength": share / 2, **more}
 

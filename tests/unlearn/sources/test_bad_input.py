@@ -81,6 +81,43 @@ def test_a_run_refuses_bad_options_of_any_step_before_the_first(data, checkpoint
     assert not (data / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("model: moe\n\tforget: f.jsonl\n", "(YAML indents with spaces, not with tabs)"),
+        ("model: moe\n\tforget: f.jsonl\n", "run.yaml: line 2, column 1: not valid YAML"),
+        ("model: moe\nforget: f.jsonl\n\tretain: r\n", "(YAML indents with spaces, not with tabs)"),
+        ("model: {a\n", "run.yaml: line 2, column 1: not valid YAML"),
+        ("- model\n- forget\n", "run.yaml: a list; options are expected, one a line"),
+        ("model\n", "run.yaml: a single value; options are expected"),
+        ("model: a\ntrain:\n  method: {alpha: 1.0, alpha: 2.0}\n", "run.yaml: line 3: 'alpha' is there twice"),
+    ],
+)
+def test_a_configuration_that_is_none_names_file_and_line(tmp_path, capsys, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    assert words in refused(capsys, "run", tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("place", ["", "runs/first"])
+def test_a_run_inside_the_folder_of_the_model_is_refused(data, checkpoint, no_model, capsys, place):
+    """Its profile, and the routes of the retain data, would be published with the unlearned checkpoint."""
+    folder = checkpoint("mixtral")
+    before = sorted(path.name for path in folder.iterdir())
+    config = configuration(data, checkpoint, "")
+    config.write_text(config.read_text().replace(f"output: {data / 'run'}", f"output: {folder / place}"))
+    assert "lies in the folder of the model" in refused(capsys, "run", config)
+    sets = flags(model=folder, forget=data / "forget.jsonl", retain=data / "retain.jsonl", output=folder / "new")
+    for verb in ("profile", "train"):
+        assert "output: " in refused(capsys, verb, *sets, *(["--method.weighting", "uniform"] * (verb == "train")))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["forget_limit", "retain_limit", "max_length"])
+def test_a_limit_is_called_by_its_name(data, checkpoint, no_model, capsys, name):
+    message = refused(capsys, "run", configuration(data, checkpoint, f"{name}: 0"))
+    assert f"{name}: got 0, allowed are integers from" in message
+
+
 def test_a_section_without_options_is_an_empty_one(data, checkpoint, no_model, capsys):
     message = refused(capsys, "run", configuration(data, checkpoint, "forget_limit: 0\ntrain:\nevaluate:"))
     assert "limit: got 0" in message
@@ -103,7 +140,7 @@ def test_a_run_refuses_alternates_of_another_length_before_the_first_step(data, 
 
 def test_a_configuration_that_is_no_text(data, capsys):
     (data / "run.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "--config: not UTF-8 text" in refused(capsys, "run", data / "run.yaml")
+    assert "run.yaml: not UTF-8 text" in refused(capsys, "run", data / "run.yaml")
 
 
 @pytest.mark.parametrize(

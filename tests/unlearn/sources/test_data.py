@@ -426,6 +426,8 @@ def test_a_limit_reads_no_more_of_a_text_than_it_needs(tmp_path, monkeypatch):
             "text\nw1\n",
             r"a\.csv: cannot read \.csv; give a \.jsonl, \.json, \.txt or \.parquet file.*read_csv",
         ),
+        ("a.tsv", "text\nw1\n", r"cannot read \.tsv; .*read_csv\('a\.tsv', sep='\\t'\)\.to_json\('a\.jsonl'"),
+        ("a.jsonl", b"\0\0\0\0", r"a\.jsonl: line 1, column 1: not valid JSON"),
         ("a.xlsx", "PK", r"a\.xlsx: cannot read \.xlsx; .*read_excel.*to_json\('a\.jsonl'"),
         ("a.jsonl", '"w1"'.encode("utf-16"), r"a\.jsonl: UTF-16 text; save it as UTF-8"),
         ("a.json", '["w1"]'.encode("utf-16-le"), r"a\.json: UTF-16 text"),

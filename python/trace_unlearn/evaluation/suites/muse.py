@@ -72,11 +72,14 @@ class Muse(Suite):
         return read_part(self.data, config, split, limit=self.limit)
 
     def _verbatim(self, tokenizer: Tokenizer) -> list[tuple[list[int], str]]:
-        """Prompts, and the references: cut to as many tokens as are generated."""
+        """Prompts, and the references, cut as MUSE's code cuts them: to 128 tokens, the tokenizer's own among them.
+
+        A tokenizer that puts a token before every text leaves 127 of its tokens.
+        """
         found = []
         for record in self._part("verbmem", "forget") or ():
-            tokens = tokenizer(text(record, "gt"), add_special_tokens=False)["input_ids"]
-            reference = str(tokenizer.decode(tokens[:VERBATIM_TOKENS], skip_special_tokens=True))
+            tokens = tokenizer(text(record, "gt"), max_length=VERBATIM_TOKENS, truncation=True)["input_ids"]
+            reference = str(tokenizer.decode(tokens, skip_special_tokens=True))
             found.append((_tokens(tokenizer, text(record, "prompt")), reference))
         return found
 

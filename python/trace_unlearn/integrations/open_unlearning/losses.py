@@ -320,21 +320,11 @@ class _RMU(_Retain):
 
     def __init__(self, *args: Any, document_mean: bool = False, **kwargs: Any) -> None:
         self.document_mean = document_mean
+        _check_trained(kwargs["model"], list(kwargs.get("trainable_params_regex") or [".*"]))
         super().__init__(*args, **kwargs)
 
     model_module: Any
     ref_module: Any
-    trainable_params_regex: list[str]
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        patterns = list(self.trainable_params_regex)
-        if not any(re.fullmatch(pattern, name) for pattern in patterns for name, _ in self.model.named_parameters()):
-            some = [name for name, _ in self.model.named_parameters() if "expert" in name or "mlp" in name][:3]
-            raise UserError(
-                f"trainable_params_regex: {', '.join(patterns)} matches no parameter of "
-                f"{type(self.model).__name__}, which has such as {', '.join(some)}"
-            )
-        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def forward_with_cache(
         self, model: Any, inputs: Mapping[str, torch.Tensor], module: Any, no_grad: bool = True
@@ -408,3 +398,15 @@ def look_up(table: Mapping[bytes, Any], key: bytes, name: str) -> Any:
 
 def _of_logits(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("softcap", "logit_scale")}
+
+
+def _check_trained(model: Any, patterns: list[str]) -> None:
+    """UserError where RMU would train nothing, as it does without a word."""
+    names = [name for name, _ in model.named_parameters()]
+    if not any(re.fullmatch(pattern, name) for pattern in patterns for name in names):
+        some = [name for name in names if "down_proj" in name] or [name for name in names if "mlp" in name]
+        raise UserError(
+            f"trainable_params_regex: {', '.join(patterns)} matches no parameter of {type(model).__name__}, which has "
+            f"such as {', '.join(some[:3])}; a pattern must match a whole name, as "
+            r"'model\.layers\.(5|6|7)\.mlp\.experts.*down_proj.*' does"
+        )
