@@ -150,7 +150,7 @@ def test_a_wrong_flag_is_one_message_and_exit_code_2(verb, capsys, words, said):
         ("bogus: 1\n", "'bogus' is not accepted\n"),
         ("inner: {gama: 1}\n", "did you mean 'inner.gamma'?"),
         ("iner: {gamma: 1}\n", "did you mean 'inner.gamma'?"),
-        ("model: [\n", "did not find expected"),
+        ("model: [\n", "c.yaml: line 2, column 1: not valid YAML"),
         ("- a\n", ""),
         ("", "--config: the file is empty"),
     ],
