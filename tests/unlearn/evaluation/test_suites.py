@@ -260,7 +260,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def test_lm_eval_is_asked_for_when_it_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"suites\.lm_eval: needs the package lm-eval, which is not installed: pip install"):
+    with pytest.raises(UserError, match=r"suites\.lm_eval: needs the package lm-eval, which is not installed"):
         open_suites({"lm_eval": {"questions": {"own": questions(tmp_path / "own.jsonl")}}})
 
 

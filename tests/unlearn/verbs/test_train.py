@@ -394,6 +394,17 @@ def test_tensorboard_files_stay(files, tmp_path):
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
+@pytest.mark.slow
+def test_weights_and_biases_offline(files, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    given = options(files, tmp_path / "out", weighting="uniform", max_steps=1)
+    given.training["report_to"] = "wandb"
+    main(given, lambda line: None)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_a_run_that_was_too_short_says_so(files, tmp_path):
     said = []
     main(options(files, tmp_path / "out", learning_rate=None, max_steps=1), said.append)
