@@ -1,27 +1,41 @@
-"""TRL's SFTTrainer with our loss: `fuse_loss(model)` before it, and a subclass of four lines.
+"""TRL's SFTTrainer with our loss: `fuse_loss(model)` before it, and a subclass with one method.
 
-SFTTrainer computes its own loss, by tiles of the vocabulary or, in older versions, from logits. The subclass hands the
-loss back to the model. Packing, prompt masking, chat templates and peft stay as they are. What is off:
+SFTTrainer computes its own loss, by tiles of the vocabulary or, in older versions, from logits. The subclass takes the
+loss, the entropy and the token accuracy from one pass over the head, without logits, and logs them as SFTTrainer does.
+Packing, prompt masking, chat templates and peft stay as they are. What is off:
 
-- `entropy`, `mean_token_accuracy` and `num_tokens` are not logged: SFTTrainer takes them from its own pass.
-- The router's auxiliary loss, where the model has one, is added in each micro-batch, as by transformers' Trainer;
-  SFTTrainer divides it by their number. Here it is switched off (`router_aux_loss_coef`).
+- `num_tokens` is not logged.
+- The router's auxiliary loss, where the model has one, is switched off here (`router_aux_loss_coef`).
 """
 
 import tempfile
 
+import torch
 from datasets import Dataset
 from hugging_face_trainer import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM, Trainer
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from trace_unlearn.integrations import fuse_loss
+import trace_kernels as tk
+from trace_unlearn.integrations import fuse_loss, fused_loss_of
 
 
 class FusedSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        with fused_loss_of(model).per_token(tk.linear_token_stats):
+            outputs = model(**inputs, use_cache=False)
+        stats, counted = outputs.loss, (inputs["labels"][..., 1:] != -100).sum()
+        total = counted if num_items_in_batch is None else num_items_in_batch
+        loss = -stats.log_prob.sum() / torch.as_tensor(total).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        metrics = self._metrics["train" if model.training else "eval"]
+        sums = torch.stack([counted, stats.entropy.detach().sum(), stats.is_top1.sum()])
+        tokens, entropy, hits = self.accelerator.reduce(sums).tolist()
+        metrics["entropy"].append(entropy / max(tokens, 1))
+        metrics["mean_token_accuracy"].append(hits / max(tokens, 1))
+        return (loss, outputs) if return_outputs else loss
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

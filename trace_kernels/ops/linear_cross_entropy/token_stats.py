@@ -42,7 +42,9 @@ def linear_token_stats(
 
     The gradient of `hidden` through log_prob and logsumexp costs one more product, in the forward, whatever arrives
     from above: what is stored is [T, H]. That through entropy computes the logits again and takes a product, in the
-    backward and only where such a gradient arrives. A trainable `weight` takes two more products.
+    backward and only where such a gradient arrives: d entropy / d h is -sum_v p_v (log p_v + entropy) W_v, and its
+    sum of p_v log p_v W_v is a product of its own, which no [T, H] of the forward holds. Storing that sum, too, would
+    save the second logits and cost a product in every forward. A trainable `weight` takes two more products.
 
     Args:
         hidden: [..., H] floating, any leading shape, H at least 1.
