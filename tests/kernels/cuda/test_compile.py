@@ -66,8 +66,10 @@ def kernels_of(source, capability, folder):
                 "name": f"{name} sm_{capability}",
                 "capability": capability,
                 "spilled": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code[name])),
-                # 1 KiB of it is the runtime's own on sm_90 and later.
-                "usage": Usage(threads[name], numbers["REG"], numbers["SHARED"] - (1024 if capability >= 90 else 0)),
+                # On sm_90 and later 1 KiB of it is the runtime's own, where there is any.
+                "usage": Usage(
+                    threads[name], numbers["REG"], max(0, numbers["SHARED"] - (1024 if capability >= 90 else 0))
+                ),
                 "loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", code[name])),
                 "stores": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", code[name])),
             }
