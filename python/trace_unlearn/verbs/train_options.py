@@ -52,6 +52,11 @@ RENAMED = {
     "log_steps": "training.logging_steps",
     "optimizer": "training.optim",
 }
+_FLAGS = {  # TrainingArguments takes any word for yes
+    field.name
+    for field in dataclasses.fields(TrainingArguments)
+    if str(field.type).replace("typing.", "") in ("<class 'bool'>", "bool", "bool | None", "Optional[bool]")
+} | {"gradient_checkpointing"}
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)} | {"gradient_checkpointing"}
 INITIAL_RATE = 1e-5  # until the width of the model is known
 _PUBLISH = "it would publish a run under way; `hf upload OWNER/NAME OUTPUT` publishes the finished folder"
@@ -220,6 +225,9 @@ def _check_training(options: TrainOptions) -> None:
         if name not in ARGUMENTS:
             hint = meant(name, known_names(), RENAMED)
             raise UserError(f"training: {name!r} is no field of transformers.TrainingArguments{hint}")
+        value = options.training[name]
+        if name in _FLAGS and value is not None and not isinstance(value, bool):
+            raise UserError(f"training.{name}: got {value!r}, allowed are true and false")
     given = options.arguments
     least = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"), 1)
     least |= {"warmup_steps": 0, "logging_steps": 1, "save_steps": 1, "seed": 0}

@@ -243,6 +243,12 @@ def test_mistakes_are_told_before_the_model_is_loaded(files, tmp_path, monkeypat
         ({"training": {"learning_rat": 1}}, "'learning_rat' is no field of .*; did you mean 'training.learning_rate'"),
         ({"training": {"steps": 9}}, "'steps' is no field of .*; did you mean 'training.max_steps'"),
         ({"training": {"max_steps": "many"}}, "training.max_steps: got 'many', allowed are integers"),
+        (
+            {"training": {"gradient_checkpointing": "maybe"}},
+            "gradient_checkpointing: got 'maybe', allowed are",
+        ),
+        ({"training": {"bf16": "off"}}, "training.bf16: got 'off', allowed are true and false"),
+        ({"training": {"logging_first_step": 2}}, "training.logging_first_step: got 2, allowed are true and false"),
         ({"training": {"use_cpu": True}}, "'use_cpu' is not allowed: `device` says it"),
         ({"save_strategy": "no", "best_forget_nll": 2.0}, "save_strategy: got 'no', but best_forget_nll"),
         ({"training": {"push_to_hub": True}}, "'push_to_hub' is not allowed: it would publish .*hf upload"),
