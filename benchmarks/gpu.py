@@ -7,6 +7,14 @@ limit of its own, and each writes its result to the file at once; what `--minute
 end, and named. A backend that fails a test of an op is not timed on that op; all others are. A compiled module that
 runs on this card is taken as it is: delete trace_kernels/_native*.so to build again. Exits 2, saying so, where there is
 no CUDA device, and 1 when something is wrong or was not reached.
+
+What finds which fault, as faults planted in copies of the kernels showed without a GPU:
+
+- a dropped stride: the conformance cases that are strided, or have rows apart, and those of odd widths;
+- a wrong boundary of blocks or chunks: `several_blocks_and_chunks_on_the_device` (test_device.py; with Triton's
+  interpreter kernel_checks.py plants one). Conformance cases fit into one block;
+- a missing barrier: racecheck, in the memory part, on the device; without one ThreadSanitizer (test_races.py). A right
+  result says nothing of it.
 """
 
 from __future__ import annotations

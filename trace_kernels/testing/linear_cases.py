@@ -48,6 +48,12 @@ def gappy(tensor: torch.Tensor) -> torch.Tensor:
     return view.permute(*reversed(range(tensor.dim()))).copy_(tensor)
 
 
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous rows with a gap between them: what a kernel takes without a copy."""
+    storage = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 3, dtype=tensor.dtype)
+    return storage[..., 1:-2].copy_(tensor)
+
+
 def sure_logits(case: Case, generator: torch.Generator, kind: str, lead: float, target: torch.Tensor) -> torch.Tensor:
     """[T, V] logits without any rounding: the target, the class after it ("wrong") or both ("tie") lead all others."""
     T, V = case.sizes["T"], case.sizes["V"]

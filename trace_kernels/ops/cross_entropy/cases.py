@@ -14,7 +14,9 @@ from trace_kernels.testing.cases import Call, Case, OpCases, Traffic
 SMALL = {"T": 37, "V": 101}
 
 
-def _builder(*, weights_need_gradient: bool = False, **options: Any) -> Callable[[Case, torch.Generator], Call]:
+def _builder(
+    *, weights_need_gradient: bool = False, apart: bool = False, **options: Any
+) -> Callable[[Case, torch.Generator], Call]:
     build_linear = linear.builder(weights_need_gradient=weights_need_gradient, **options)
 
     def build(case: Case, generator: torch.Generator) -> Call:
@@ -24,6 +26,8 @@ def _builder(*, weights_need_gradient: bool = False, **options: Any) -> Callable
         logits = (torch.randn(shape, generator=generator) * options.get("spread", 1.0)).to(case.dtype)
         if options.get("strided", False):
             logits = linear.gappy(logits)
+        if apart:
+            logits = linear.apart(logits)
         differentiable = (0, 2) if weights_need_gradient else (0,)
         return Call((logits, *call.args[2:]), call.kwargs, differentiable)
 
@@ -91,6 +95,8 @@ OP = OpCases(
         Case("peaked", SMALL, _builder(spread=60.0), torch.bfloat16),
         Case("strided", SMALL, _builder(strided=True)),
         Case("strided_inplace", SMALL, _builder(strided=True, inplace=True, reduction="none"), torch.bfloat16),
+        Case("apart", SMALL, _builder(apart=True)),
+        Case("apart_inplace", SMALL, _builder(apart=True, inplace=True, reduction="none"), torch.bfloat16),
         Case("batch", {"T": 36, "V": 101}, _builder(leading=(3, 3, 4), reduction="none")),
         Case("no_leading_shape", {"T": 1, "V": 101}, _builder(leading=(), ignored=0.0)),
         Case("empty", {"T": 0, "V": 101}, _builder()),
