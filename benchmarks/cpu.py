@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import trace_kernels as tk
+from benchmarks.cpu_peers import installed
 from benchmarks.machine import describe
 from benchmarks.run import gate
 from benchmarks.timing import interleave, median_ratio, peak_memory
@@ -83,11 +84,12 @@ class Head:
         with torch.no_grad():
             return tk.linear_log_prob(self.hidden, self.weight, self.target, backend="cpu")
 
-    def kl(self, trainable: bool = False, ref_weight: torch.Tensor | None = None) -> object:
+    def kl(self, trainable: bool = False, ref_weight: torch.Tensor | None = None, beta: float = 0.0) -> object:
         hidden = self.hidden.detach().requires_grad_()
         weight = self.weight.detach().requires_grad_(trainable)
         ref_weight = self.weight if ref_weight is None else ref_weight
-        loss = tk.linear_kl(hidden, weight, self.ref_hidden, ref_weight, self.token_weight, backend="cpu")
+        reference = (self.ref_hidden, ref_weight, self.token_weight)
+        loss = tk.linear_kl(hidden, weight, *reference, beta=beta, backend="cpu")
         return torch.autograd.grad(loss, (hidden, weight) if trainable else (hidden,))
 
     def bare(self, passes: int) -> Callable[[], object]:
@@ -162,6 +164,14 @@ def peers(rounds: int, quick: bool) -> Iterator[Row]:
             yield "torch chunked / ours, frozen", head.name, gain(head.ours(), chunked, min(rounds, 3)), ">= 3.5"
 
 
+def peers_of_today(rounds: int, quick: bool) -> Iterator[Row]:
+    for dtype, *shape in PEERS[1:] if quick else PEERS:
+        head = Head(dtype, *shape)
+        for name, loss in installed().items():
+            measure = gain(head.ours(), head.step(loss, False), min(rounds, 3))
+            yield f"{name} / ours, frozen", head.name, measure, ">= 1.0"
+
+
 def rows_from_logits(rounds: int, quick: bool) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1024, 32000, generator=generator)
@@ -185,6 +195,8 @@ def divergence(rounds: int, quick: bool) -> Iterator[Row]:
         head = Head(dtype, 1024, 1024, 32000)
         bare = functools.partial(in_turn, head.bare(1), head.bare(2))
         yield "linear_kl frozen / 3 bare GEMMs", head.name, share(head.kl, bare, rounds), "<= 1.15"
+        jsd = functools.partial(head.kl, beta=0.5)
+        yield "linear_kl frozen, beta 0.5 / 3 bare GEMMs", head.name, share(jsd, bare, rounds), LIMIT
         two = functools.partial(head.kl, ref_weight=head.weight.clone())
         yield "linear_kl frozen, two heads / 3 bare GEMMs", head.name, share(two, bare, rounds), "<= 1.15"
 
@@ -277,6 +289,7 @@ def accuracy(rounds: int, quick: bool) -> Iterator[Row]:
 SECTIONS = {
     "heads": heads,
     "peers": peers,
+    "peers_of_today": peers_of_today,
     "logits": rows_from_logits,
     "kl": divergence,
     "routing": routing,
