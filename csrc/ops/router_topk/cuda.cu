@@ -155,8 +155,8 @@ __device__ __forceinline__ void take_given(const Router& p, int64_t t, int (&ind
 }
 
 // Blocks that a processor must hold, by the experts that a lane holds. Left alone, the compiler takes up to 112
-// registers for 8 experts where 56 do.
-constexpr int blocks_with(int experts) { return experts <= 8 ? 4 : experts <= 16 ? 2 : 1; }
+// registers for 8 experts where 71 do.
+constexpr int blocks_with(int experts) { return experts <= 4 ? 4 : experts <= 8 ? 3 : experts <= 16 ? 2 : 1; }
 
 // N: experts that a lane holds. PACKED: bfloat16 logits are the choice; key and expert fit into one word.
 template <typename T, int N, bool PACKED>
