@@ -58,9 +58,15 @@ def is_wide(kernel, limits):
     return set(limits["wide"]["aligned"]) <= set(kernel["aligned"])
 
 
+def is_one_of(kernel, variants):
+    return any(all(kernel["constants"][name] == value for name, value in variant.items()) for variant in variants)
+
+
 def least(kernel, limits):
-    """The programs that have to fit, which may depend on how wide loads are."""
+    """The programs that have to fit, which may depend on the variant and on how wide loads are."""
     blocks = limits["blocks"]
+    if "fewer" in limits and is_one_of(kernel, limits["fewer"]["where"]):
+        return limits["fewer"]["blocks"]
     if isinstance(blocks, dict):
         blocks = blocks["aligned" if is_wide(kernel, limits) else "otherwise"]
     return blocks
@@ -92,6 +98,8 @@ def test_loads_are_wide(compiled):
         if wide is None or not is_wide(kernel, LIMITS[op][kernel["kernel"]]):
             continue
         if any(kernel["constants"][name] < least for name, least in wide.get("at_least", {}).items()):
+            continue
+        if is_one_of(kernel, wide.get("unless", [])):
             continue
         if any(kernel["types"][name] not in kinds for name, kinds in wide.get("types", {}).items()):
             continue

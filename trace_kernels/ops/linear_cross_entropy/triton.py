@@ -35,6 +35,8 @@ WARPS = 8
 #: Of a thread of block_kernel: four programs a processor. Left alone, the compiler goes for five on some GPUs, by the
 #: stack.
 MAX_REGISTERS = 64
+#: Where a soft cap and the entropy meet dz in float32, more numbers are live at once: three programs.
+MORE_REGISTERS = 72
 #: How far the number that exponentials are taken from may lag behind the row's maximum: e^40 is far from overflow.
 LAG = 40.0
 NO_LABEL = tl.constexpr(losses.NO_LABEL)
@@ -259,12 +261,13 @@ def gradient_kernel(
 def _block(z: torch.Tensor, dz: torch.Tensor, call: Call, state: State, first: int, write: bool, entropy: bool) -> None:
     assert call.target is not None
     lanes, vector = tile(call.num_classes, 8, WARPS, vectors_per_thread=1)
+    more = write and entropy and call.softcap is not None and dz.dtype == torch.float32
     launch(
         block_kernel, (z.shape[0],),
         z, dz, call.bias, call.target, call.row_weight, *state.numbers, state.top, state.labels,
         first, z.shape[1], z.stride(0), dz.stride(0), call.target.shape[1], call.ignore_index, *call.numbers,
-        num_warps=WARPS, max_registers=MAX_REGISTERS, bytes=z.numel() * (4 + write * dz.element_size()),
-        cached=4 * z.numel(),
+        num_warps=WARPS, max_registers=MORE_REGISTERS if more else MAX_REGISTERS,
+        bytes=z.numel() * (4 + write * dz.element_size()), cached=4 * z.numel(),
         HAS_BIAS=call.bias is not None, HAS_WEIGHT=call.row_weight is not None, HAS_SOFTCAP=call.softcap is not None,
         WRITE=write, ENTROPY=entropy, LAG=LAG, LANES=lanes, VEC=vector,
     )  # fmt: skip
