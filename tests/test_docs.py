@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -21,8 +22,11 @@ def modules():
     for package in (trace_kernels, trace_unlearn):
         yield package.__name__
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            # Triton kernels exist only where triton is installed; the compiled module has no docstrings.
-            if not re.search(r"__main__|\._native|triton", found.name):
+            # Triton kernels exist only where triton is installed, and lm-eval's model where lm-eval is; the compiled
+            # module has no docstrings.
+            if re.search(r"__main__|\._native|triton", found.name):
+                continue
+            if not found.name.endswith(".fused_lm") or importlib.util.find_spec("lm_eval") is not None:
                 yield found.name
 
 

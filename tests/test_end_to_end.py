@@ -27,6 +27,7 @@ def test_a_plain_arm_that_computes_something_else_is_not_timed(tmp_path, monkeyp
         end_to_end.main([*TINY, "--objective", "grad_diff", "--only", "time", "--output", str(tmp_path / "rows.json")])
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_fresh_process(tmp_path):
     options = end_to_end.parse([*TINY, "--objective", "npo", "--peak-of", "plain"])
     found = end_to_end.memory(options, "npo")

@@ -132,7 +132,10 @@ def divergence(spread, noise, one_head, dtype, backend):
 @pytest.mark.parametrize(
     "isa, spread, noise, one_head",
     [
-        *((isa, 1.0, 1e-2, False) for isa in native().available_isas()),
+        *(
+            pytest.param(isa, 1.0, 1e-2, False, marks=[pytest.mark.slow] if isa != native().isa() else [])
+            for isa in native().available_isas()
+        ),
         *((native().isa(), spread, noise, True) for spread, noise in ((1.0, 1e-2), (20.0, 0.1), (1e-2, 1.0))),
     ],
 )

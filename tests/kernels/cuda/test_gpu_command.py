@@ -85,6 +85,7 @@ def test_says_that_there_is_no_gpu(machine, tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
+@pytest.mark.slow
 def test_all_parts_run_end_to_end(machine, tmp_path):
     output = tmp_path / "gpu.json"
     result = run(machine, output, "--device", "cpu", "--minutes", "70")  # far more than it needs
@@ -133,6 +134,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started():
     assert "begun" in output
 
 
+@pytest.mark.slow
 def test_a_failing_backend_is_not_timed_and_the_others_are(tmp_path):
     run = gpu.Run(SimpleNamespace(device="cpu", processes=1, seconds=0.001), tmp_path)
     line = {"test": "tests/x.py::test_backend_is_right[linear_kl-flat-cpu-cpu]", "outcome": "failed", "why": "E"}

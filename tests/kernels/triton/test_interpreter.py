@@ -63,7 +63,9 @@ def interpreted(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("linear") else name for name in OPS]
+)
 def test_conformance(name):
     result = interpreted(f"import test_interpreter; test_interpreter.check({name!r})")
     assert result.returncode == 0, result.stderr[-4000:]

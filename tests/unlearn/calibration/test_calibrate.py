@@ -108,6 +108,7 @@ def test_weights_that_follow_the_position_are_pointed_out():
     assert not any("position" in note for note in calibrate(statistics()).notes)
 
 
+@pytest.mark.slow
 def test_killed_at_work_leaves_nothing_and_a_rerun_works(tmp_path, profiled):
     profiled[3].save(tmp_path / "profile")
     options = {"profile": str(tmp_path / "profile"), "output": str(tmp_path / "calibration")}

@@ -180,6 +180,7 @@ for options, deadly in (
 """
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_stops_there_and_chooses_the_same(files, tmp_path):
     changes = {"max_steps": 30, "save_steps": 3, "stop_every": 4, "best_forget_nll": 5.5, "alpha": 0.0}
     changes |= {"learning_rate": 1e-3, "stop_retain_increase": 1.6}

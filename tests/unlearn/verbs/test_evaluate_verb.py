@@ -118,6 +118,7 @@ def test_a_failure_while_writing_keeps_the_disk_clean(options, tmp_path, monkeyp
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_at_work_it_leaves_nothing_and_the_same_command_works(options, tmp_path):
     words = ["evaluate", "--models", json.dumps(options.models), "--forget", options.forget, "--retain", options.retain]
     command = [sys.executable, "-u", "-m", "trace_unlearn.verbs.cli", *words, "--output", options.output]

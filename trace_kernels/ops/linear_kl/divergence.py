@@ -133,7 +133,9 @@ class _Block:
             g = u
         else:
             positive = u >= 0
-            mixed = torch.log1p(torch.where(positive, beta, 1 - beta) * torch.expm1(-u.abs()))
+            # torch.where of two numbers would be of the default dtype.
+            share = torch.full_like(u, 1 - beta).masked_fill_(positive, beta)
+            mixed = torch.log1p(share * torch.expm1(-u.abs()))
             p_ratio = u.clamp(max=0) - mixed
             q_ratio = -u.clamp(min=0) - mixed
             terms = torch.where(p == 0, 0, (1 - beta) * p * p_ratio) + torch.where(q == 0, 0, beta * q * q_ratio)
