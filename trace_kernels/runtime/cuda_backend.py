@@ -63,7 +63,7 @@ def register(backends: OpBackends, module: ModuleType, *functions: str) -> None:
     )
 
 
-def call(name: str, device: torch.device, *args: float) -> None:
+def call(name: str, device: torch.device, *args: Any) -> None:
     """Run the compiled function `name` on `device`, on its current stream, or record it; a launch that fails raises."""
     if is_recording():
         record(name)

@@ -11,7 +11,7 @@ constexpr int kBackwardThreads = 128;
 constexpr int kBackwardWarps = kBackwardThreads / kWarpSize;
 constexpr int kTile = 1024;  // elements of a gradient's row that a warp holds in shared memory
 
-struct RouterGradient {
+struct RouterGradient : RouterRule {
   const void* grad_weights;
   Element grad_type;
   int64_t grad_stride_t, grad_stride_k;
@@ -20,10 +20,8 @@ struct RouterGradient {
   const float* chosen;         // [T, k]
   const float* stats;          // [T, 2]
   int64_t num_tokens;
-  int num_experts, top_k;
-  Score score_function;
-  bool renormalize, wide;  // wide: rows of the gradient are whole 16-byte vectors
-  float scale, eps;
+  int num_experts;
+  bool wide;  // rows of the gradient are whole 16-byte vectors
 };
 
 struct GradientRows {
@@ -105,17 +103,17 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
   }
 }
 
-[[maybe_unused]] void router_topk_backward_cuda(uintptr_t grad_weights, int grad_element, int64_t grad_stride_t,
-                                                int64_t grad_stride_k, uintptr_t logits, int element, int64_t stride_t,
-                                                int64_t stride_e, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
-                                                int64_t num_tokens, int top_k, int num_experts, int score_function,
-                                                bool renormalize, float scale, float eps, uintptr_t gradient,
-                                                int num_blocks, uintptr_t stream) {
+[[maybe_unused]] void router_topk_backward_cuda(const RouterRule::Tuple& rule, uintptr_t grad_weights, int grad_element,
+                                                int64_t grad_stride_t, int64_t grad_stride_k, uintptr_t logits,
+                                                int element, int64_t stride_t, int64_t stride_e, uintptr_t indices,
+                                                uintptr_t chosen, uintptr_t stats, int64_t num_tokens, int num_experts,
+                                                uintptr_t gradient, int num_blocks, uintptr_t stream) {
   if (num_tokens == 0) return;
   const dim3 grid = blocks_of(std::min<int64_t>(ceil_div(num_tokens, kBackwardWarps), num_blocks));
   with_element(element, [&](auto type) {
     using T = decltype(type);
-    const RouterGradient p{reinterpret_cast<const void*>(grad_weights),
+    const RouterGradient p{RouterRule::of(rule),
+                           reinterpret_cast<const void*>(grad_weights),
                            static_cast<Element>(grad_element),
                            grad_stride_t,
                            grad_stride_k,
@@ -126,12 +124,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(const T* log
                            reinterpret_cast<const float*>(stats),
                            num_tokens,
                            num_experts,
-                           top_k,
-                           static_cast<Score>(score_function),
-                           renormalize,
-                           num_experts % kVector<T> == 0 && gradient % sizeof(uint4) == 0,
-                           scale,
-                           eps};
+                           num_experts % kVector<T> == 0 && gradient % sizeof(uint4) == 0};
     launch(backward_kernel<T>, grid, kBackwardThreads, stream, reinterpret_cast<const T*>(logits), p,
            reinterpret_cast<T*>(gradient));
   });

@@ -125,29 +125,19 @@ void backward(const RouterGradient& p, int num_threads) {
   });
 }
 
-int64_t router_topk_cpu(uintptr_t logits, int logits_dtype, int64_t num_tokens, int64_t num_experts, int64_t stride_t,
-                        int64_t stride_e, int64_t top_k, int score_function, bool renormalize, float scale, float eps,
-                        uintptr_t bias, int64_t num_groups, int64_t topk_groups, int64_t group_best,
-                        float masked_group_value, uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t given,
-                        uintptr_t weights, int weights_dtype, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
-                        uintptr_t counts, int64_t counts_stride, uintptr_t score, int64_t score_stride,
-                        int num_threads) {
-  return forward({reinterpret_cast<const void*>(logits),
+int64_t router_topk_cpu(const RouterRule::Tuple& rule, uintptr_t logits, int logits_dtype, int64_t num_tokens,
+                        int64_t num_experts, int64_t stride_t, int64_t stride_e, uintptr_t bias, uintptr_t mask,
+                        int64_t mask_stride, uintptr_t table, uintptr_t given, uintptr_t weights, int weights_dtype,
+                        uintptr_t indices, uintptr_t chosen, uintptr_t stats, uintptr_t counts, int64_t counts_stride,
+                        uintptr_t score, int64_t score_stride, int num_threads) {
+  return forward({RouterRule::of(rule),
+                  reinterpret_cast<const void*>(logits),
                   static_cast<Type>(logits_dtype),
                   num_tokens,
                   num_experts,
                   stride_t,
                   stride_e,
-                  top_k,
-                  static_cast<Score>(score_function),
-                  renormalize,
-                  scale,
-                  eps,
                   reinterpret_cast<const float*>(bias),
-                  num_groups,
-                  topk_groups,
-                  group_best,
-                  masked_group_value,
                   reinterpret_cast<const bool*>(mask),
                   mask_stride,
                   reinterpret_cast<const float*>(table),
@@ -164,16 +154,14 @@ int64_t router_topk_cpu(uintptr_t logits, int logits_dtype, int64_t num_tokens, 
                  num_threads);
 }
 
-void router_topk_backward_cpu(uintptr_t grad_weights, int grad_dtype, int64_t grad_stride_t, int64_t grad_stride_k,
-                              uintptr_t logits, int dtype, int64_t stride_t, int64_t stride_e, uintptr_t indices,
-                              uintptr_t chosen, uintptr_t stats, int64_t num_tokens, int64_t top_k, int64_t num_experts,
-                              int score_function, bool renormalize, float scale, float eps, uintptr_t gradient,
-                              int num_threads) {
-  backward({reinterpret_cast<const void*>(grad_weights), static_cast<Type>(grad_dtype), grad_stride_t, grad_stride_k,
-            reinterpret_cast<const void*>(logits), static_cast<Type>(dtype), stride_t, stride_e,
-            reinterpret_cast<const int64_t*>(indices), reinterpret_cast<const float*>(chosen),
-            reinterpret_cast<const float*>(stats), num_tokens, top_k, num_experts, static_cast<Score>(score_function),
-            renormalize, scale, eps, reinterpret_cast<void*>(gradient)},
+void router_topk_backward_cpu(const RouterRule::Tuple& rule, uintptr_t grad_weights, int grad_dtype,
+                              int64_t grad_stride_t, int64_t grad_stride_k, uintptr_t logits, int dtype,
+                              int64_t stride_t, int64_t stride_e, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
+                              int64_t num_tokens, int64_t num_experts, uintptr_t gradient, int num_threads) {
+  backward({RouterRule::of(rule), reinterpret_cast<const void*>(grad_weights), static_cast<Type>(grad_dtype),
+            grad_stride_t, grad_stride_k, reinterpret_cast<const void*>(logits), static_cast<Type>(dtype), stride_t,
+            stride_e, reinterpret_cast<const int64_t*>(indices), reinterpret_cast<const float*>(chosen),
+            reinterpret_cast<const float*>(stats), num_tokens, num_experts, reinterpret_cast<void*>(gradient)},
            num_threads);
 }
 

@@ -17,16 +17,10 @@ constexpr int kMostChosen = 64;
 constexpr int kPerSlot = kMostChosen / kWarpSize;  // chosen experts that a lane keeps
 
 // Strides in elements; null where absent. Outputs are contiguous.
-struct Router {
+struct Router : RouterRule {
   int64_t num_tokens, stride_t, stride_e;
-  int num_experts, top_k;
-  Score score_function;
-  bool renormalize;
-  float scale, eps;
+  int num_experts;
   const float* bias;  // [E]
-  int num_groups, topk_groups;
-  int group_best;  // a group's score is the sum of so many of its best
-  float masked_group_value;
   const bool* mask;
   int64_t mask_stride;
   const float* table;    // [E]
@@ -299,50 +293,41 @@ void forward(const T* logits, const Router& p, int num_blocks, uintptr_t stream)
   run(std::integral_constant<int, 32>{});
 }
 
-[[maybe_unused]] void router_topk_cuda(uintptr_t logits, int element, int64_t num_tokens, int num_experts,
-                                       int64_t stride_t, int64_t stride_e, int top_k, int score_function,
-                                       bool renormalize, float scale, float eps, uintptr_t bias, int num_groups,
-                                       int topk_groups, int group_best, float masked_group_value, uintptr_t mask,
-                                       int64_t mask_stride, uintptr_t table, uintptr_t given, uintptr_t weights,
-                                       int weights_element, uintptr_t indices, uintptr_t chosen, uintptr_t stats,
-                                       uintptr_t counts, int64_t counts_stride, uintptr_t score, int64_t score_stride,
-                                       int num_blocks, uintptr_t stream) {
-  if (num_experts > kMostExperts || top_k > kMostChosen) {
+[[maybe_unused]] void router_topk_cuda(const RouterRule::Tuple& rule, uintptr_t logits, int element, int64_t num_tokens,
+                                       int num_experts, int64_t stride_t, int64_t stride_e, uintptr_t bias,
+                                       uintptr_t mask, int64_t mask_stride, uintptr_t table, uintptr_t given,
+                                       uintptr_t weights, int weights_element, uintptr_t indices, uintptr_t chosen,
+                                       uintptr_t stats, uintptr_t counts, int64_t counts_stride, uintptr_t score,
+                                       int64_t score_stride, int num_blocks, uintptr_t stream) {
+  Router p{RouterRule::of(rule),
+           num_tokens,
+           stride_t,
+           stride_e,
+           num_experts,
+           reinterpret_cast<const float*>(bias),
+           reinterpret_cast<const bool*>(mask),
+           mask_stride,
+           reinterpret_cast<const float*>(table),
+           reinterpret_cast<const int64_t*>(given),
+           reinterpret_cast<void*>(weights),
+           static_cast<Element>(weights_element),
+           reinterpret_cast<int64_t*>(indices),
+           reinterpret_cast<float*>(chosen),
+           reinterpret_cast<float*>(stats),
+           reinterpret_cast<unsigned long long*>(counts),
+           counts_stride,
+           reinterpret_cast<float*>(score),
+           score_stride};
+  if (num_experts > kMostExperts || p.top_k > kMostChosen) {
     throw std::invalid_argument("router_topk_cuda: more experts, or more chosen, than a warp holds");
   }
   if (num_tokens == 0) return;
-  const Router p{num_tokens,
-                 stride_t,
-                 stride_e,
-                 num_experts,
-                 top_k,
-                 static_cast<Score>(score_function),
-                 renormalize,
-                 scale,
-                 eps,
-                 reinterpret_cast<const float*>(bias),
-                 num_groups,
-                 topk_groups,
-                 group_best,
-                 masked_group_value,
-                 reinterpret_cast<const bool*>(mask),
-                 mask_stride,
-                 reinterpret_cast<const float*>(table),
-                 reinterpret_cast<const int64_t*>(given),
-                 reinterpret_cast<void*>(weights),
-                 static_cast<Element>(weights_element),
-                 reinterpret_cast<int64_t*>(indices),
-                 reinterpret_cast<float*>(chosen),
-                 reinterpret_cast<float*>(stats),
-                 reinterpret_cast<unsigned long long*>(counts),
-                 counts_stride,
-                 reinterpret_cast<float*>(score),
-                 score_stride};
+  if (p.given != nullptr) p.num_groups = 1;  // nothing is chosen
   with_element(element, [&](auto type) {
     using T = decltype(type);
     const auto* rows = reinterpret_cast<const T*>(logits);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      if (bias == 0 && num_groups == 1) return forward<T, true>(rows, p, num_blocks, stream);
+      if (p.bias == nullptr && p.num_groups == 1) return forward<T, true>(rows, p, num_blocks, stream);
     }
     forward<T, false>(rows, p, num_blocks, stream);
   });

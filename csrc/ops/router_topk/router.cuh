@@ -2,10 +2,9 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "ops/router_topk/rule.h"
 
 namespace tk {
-
-enum class Score : int { softmax = 0, sigmoid = 1, sqrtsoftplus = 2, softmax_topk = 3 };
 
 __device__ __forceinline__ float load_as(const void* data, Element type, int64_t at) {
   if (type == Element::bf16) return to_float(static_cast<const __nv_bfloat16*>(data)[at]);

@@ -6,23 +6,16 @@
 
 #include "common/parallel.h"
 #include "common/tile_kernels.h"
+#include "ops/router_topk/rule.h"
 
 namespace tk {
 
-enum class Score : int { softmax = 0, sigmoid = 1, sqrtsoftplus = 2, softmax_topk = 3 };
-
 // Strides in elements; null where absent. Outputs are contiguous.
-struct Router {
+struct Router : RouterRule {
   const void* logits;
   Type logits_type;
-  int64_t num_tokens, num_experts, stride_t, stride_e, top_k;
-  Score score_function;
-  bool renormalize;
-  float scale, eps;
+  int64_t num_tokens, num_experts, stride_t, stride_e;
   const float* bias;  // [E] contiguous
-  int64_t num_groups, topk_groups;
-  int64_t group_best;  // a group's score is the sum of so many of its best
-  float masked_group_value;
   const bool* mask;
   int64_t mask_stride;
   const float* table;    // [E] contiguous
@@ -38,7 +31,7 @@ struct Router {
   int64_t score_stride;
 };
 
-struct RouterGradient {
+struct RouterGradient : RouterRule {
   const void* grad_weights;
   Type grad_type;
   int64_t grad_stride_t, grad_stride_k;
@@ -48,10 +41,7 @@ struct RouterGradient {
   const int64_t* indices;  // [T, k] contiguous
   const float* chosen;     // [T, k] contiguous
   const float* stats;      // [T, 2] contiguous
-  int64_t num_tokens, top_k, num_experts;
-  Score score_function;
-  bool renormalize;
-  float scale, eps;
+  int64_t num_tokens, num_experts;
   void* gradient;  // [T, E] contiguous
 };
 

@@ -6,7 +6,7 @@ import torch
 
 from trace_kernels.ops.router_topk.native import prepared
 from trace_kernels.ops.router_topk.reference import Outputs
-from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
+from trace_kernels.ops.router_topk.rule import Rule
 from trace_kernels.runtime.cuda_backend import call, most_blocks
 from trace_kernels.runtime.native import ELEMENTS, address
 
@@ -56,6 +56,7 @@ def backward(
     call(
         "router_topk_backward_cuda",
         indices.device,
+        rule.compiled,
         grad_weights.data_ptr(),
         ELEMENTS[grad_weights.dtype],
         *grad_weights.stride(),
@@ -65,12 +66,8 @@ def backward(
         indices.data_ptr(),
         chosen.data_ptr(),
         stats.data_ptr() if stats.numel() else 0,
-        *indices.shape,
+        indices.shape[0],
         num_experts,
-        SCORE_FUNCTIONS.index(rule.score_function),
-        rule.renormalize,
-        rule.scale,
-        rule.eps,
         gradient.data_ptr(),
         most_blocks(indices.device, 8),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from trace_kernels.ops.router_topk.reference import Outputs
-from trace_kernels.ops.router_topk.rule import SCORE_FUNCTIONS, Rule
+from trace_kernels.ops.router_topk.rule import Rule
 from trace_kernels.runtime import native as compiled
 from trace_kernels.runtime import validate
 from trace_kernels.runtime.native import ELEMENTS, address, native, num_threads
@@ -71,15 +72,14 @@ def prepared(
     token_score: torch.Tensor | None,
     weights_dtype: torch.dtype,
     keep: bool,
-) -> tuple[Outputs, tuple[float, ...], tuple[torch.Tensor | None, ...]]:
+) -> tuple[Outputs, tuple[Any, ...], tuple[torch.Tensor | None, ...]]:
     """What a compiled forward kernel fills, its arguments, and tensors that must outlive the call.
 
     The outputs are weights, indices and chosen scores [T, k], and stats [T, 2]; what is not wanted is empty.
     """
     (T, E), device = logits.shape, logits.device
-    # Experts that are given need neither.
+    # Experts that are given need none.
     bias = None if selection_bias is None or given is not None else selection_bias.float().contiguous()
-    num_groups = rule.num_groups if given is None else 1
     table = None if table is None else table.contiguous()
     given = None if given is None else given.contiguous()
     weights = torch.empty(T, rule.k, dtype=weights_dtype, device=device)
@@ -87,21 +87,13 @@ def prepared(
     chosen = torch.empty(T if keep else 0, rule.k, dtype=torch.float32, device=device)
     stats = torch.empty(T if keep and rule.dense_gradient else 0, 2, dtype=torch.float32, device=device)
     arguments = (
+        rule.compiled,
         logits.data_ptr(),
         ELEMENTS[logits.dtype],
         T,
         E,
         *logits.stride(),
-        rule.k,
-        SCORE_FUNCTIONS.index(rule.score_function),
-        rule.renormalize,
-        rule.scale,
-        rule.eps,
         address(bias),
-        num_groups,
-        rule.topk_groups,
-        rule.group_best,
-        rule.masked_group_value,
         address(token_mask),
         0 if token_mask is None else token_mask.stride(0),
         address(table),
@@ -133,6 +125,7 @@ def backward_cpu(
     # Saved tensors may come back from a hook with other strides.
     indices, chosen, stats = indices.contiguous(), chosen.contiguous(), stats.contiguous()
     native().router_topk_backward_cpu(
+        rule.compiled,
         grad_weights.data_ptr(),
         ELEMENTS[grad_weights.dtype],
         *grad_weights.stride(),
@@ -142,12 +135,8 @@ def backward_cpu(
         indices.data_ptr(),
         chosen.data_ptr(),
         stats.data_ptr() if stats.numel() else 0,
-        *indices.shape,
+        indices.shape[0],
         num_experts,
-        SCORE_FUNCTIONS.index(rule.score_function),
-        rule.renormalize,
-        rule.scale,
-        rule.eps,
         gradient.data_ptr(),
         num_threads(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,13 @@ class Rule:
     def group_best(self) -> int:
         """The sum of how many of a group's best is its score."""
         return {"max": 1, "sum_top2": 2, "sum_topk": self.k // self.topk_groups}[self.group_score]
+
+    @functools.cached_property
+    def compiled(self) -> tuple[int, int, bool, float, float, int, int, int, float]:
+        """As the compiled kernels take it (csrc/ops/router_topk/rule.h)."""
+        function = SCORE_FUNCTIONS.index(self.score_function)
+        of_groups = (self.num_groups, self.topk_groups, self.group_best, self.masked_group_value)
+        return (self.k, function, self.renormalize, self.scale, self.eps, *of_groups)
 
     @property
     def dense_gradient(self) -> bool:
