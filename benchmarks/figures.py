@@ -1,9 +1,10 @@
-"""The README's figures: its table and its picture, from results of one machine and one commit.
+"""The README's figures and docs/unlearn_your_model.md's table of steps, from results of one machine and one commit.
 
     python -m benchmarks.figures              # draw them from benchmarks/results
     python -m benchmarks.figures --measure    # first measure again: about 15 minutes on a quiet machine
 
-`--measure` runs `benchmarks.cpu` and `benchmarks.end_to_end`. The table stands between two comments in README.md.
+`--measure` runs `benchmarks.cpu` and `benchmarks.end_to_end`; peers of requirements/benchmarks.txt are columns where
+they are installed. Each table stands between two comments in its page.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from benchmarks.machine import ROOT
 from trace_unlearn.files import read_json, write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
+SIZES = r"1024, 1024, 32000|16384, 128\), k"  # of the table's rows
 MEASURE = {
-    "cpu": ["benchmarks.cpu", "--only", "heads", "--only", "peers", "--only", "kl", "--only", "router", "--json"],
-    "end_to_end": ["benchmarks.end_to_end", "--dtype", "bfloat16", "--output"],
+    "cpu": [
+        "benchmarks.cpu",
+        *(f"--only={name}" for name in ("heads", "peers", "peers_of_today", "kl", "router")),
+        f"--rows={SIZES}",
+        "--json",
+    ],
+    "end_to_end": ["benchmarks.end_to_end", "--output"],
+    "end_to_end_all": ["benchmarks.end_to_end", "--trainable", "all", "--only", "memory", "--output"],
 }
 BEGIN, END = "<!-- figures: python -m benchmarks.figures -->", "<!-- end of figures -->"
 PICTURE = ROOT / "docs" / "whole_step.svg"
@@ -64,6 +72,24 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steps(*measured: dict[str, Any]) -> str:
+    """Whole steps, ours and plain: memory and time."""
+    lines = ["| Trained | Objective | Memory, ours and plain (MiB) | | Time, ours / plain |", "|---|---|---|---|---|"]
+    for row in (row for results in measured for row in results["rows"]):
+        ours, plain = (row["memory"][arm]["beyond"] / 2**20 for arm in ("ours", "plain"))
+        time = f"{row['time_ratio']:.2f}" if "time_ratio" in row else "not measured"
+        lines.append(
+            f"| {row['trainable']} | {OBJECTIVES[row['objective']]} | {ours:.0f} and {plain:.0f} | "
+            f"1/{plain / ours:.1f} | {time} |"
+        )
+    machine = measured[0]["machine"]
+    lines += [
+        "",
+        f"On {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
 def draw(measured: dict[str, Any], path: Path) -> None:
     """Bars: time and memory of one whole step, plain transformers and ours."""
     import matplotlib as mpl
@@ -98,12 +124,21 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def blocks() -> dict[Path, str]:
+    """What stands in each page, from the committed results."""
+    measured = {name: read_json(RESULTS / f"{name}.json") for name in MEASURE}
+    return {
+        ROOT / "README.md": table(measured["cpu"]),
+        ROOT / "docs" / "unlearn_your_model.md": steps(measured["end_to_end"], measured["end_to_end_all"]),
+    }
+
+
 def insert(page: str, block: str) -> str:
     """The page with the block between its two comments."""
     before, found, rest = page.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not found or not closed:
-        raise SystemExit(f"README.md has no place for figures: it needs the lines {BEGIN} and {END}")
+        raise SystemExit(f"a page has no place for figures: it needs the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
@@ -118,10 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.measure:
         for name, command in MEASURE.items():
             subprocess.run([sys.executable, "-m", *command, str(RESULTS / f"{name}.json")], cwd=ROOT, check=True)
-    measured = {name: read_json(RESULTS / f"{name}.json") for name in MEASURE}
-    readme = ROOT / "README.md"
-    write_text(readme, insert(readme.read_text(encoding="utf-8"), table(measured["cpu"])))
-    draw(measured["end_to_end"], PICTURE)
+    for page, block in blocks().items():
+        write_text(page, insert(page.read_text(encoding="utf-8"), block))
+    draw(read_json(RESULTS / "end_to_end.json"), PICTURE)
     return 0
 
 

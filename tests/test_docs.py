@@ -12,6 +12,7 @@ import pytest
 
 import trace_kernels
 import trace_unlearn
+from benchmarks import figures
 from trace_unlearn.training.objectives import OBJECTIVES
 from trace_unlearn.verbs import options_page
 
@@ -74,3 +75,14 @@ def test_every_objective_has_a_row_in_its_page():
 
 def test_the_options_page_is_the_code_s():
     assert (ROOT / "docs" / "options.md").read_text() == options_page.page()
+
+
+def test_the_readme_quotes_the_minimal_example():
+    example = (ROOT / "examples" / "minimal_trace.py").read_text().split("\n\nif __name__")[0].rstrip()
+    assert f"```python\n{example}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_figures_are_the_committed_ones():
+    for path, block in figures.blocks().items():
+        page = path.read_text()
+        assert figures.insert(page, block) == page
