@@ -64,8 +64,8 @@ def table(measured: dict[str, Any]) -> str:
     machine = measured["machine"]
     lines += [
         "",
-        "Float32. Forward and backward of 1024 tokens, hidden size 1024, 32000 words; the router's forward of 16384 tokens, "
-        f"128 experts, top 8. Medians of ratios from one run of `python -m benchmarks.cpu` on {machine['device']}, "
+        "Float32. Forward and backward of 1024 tokens, hidden size 1024, 32000 words; the router's forward of 16384 "
+        f"tokens, 128 experts, top 8. Medians of ratios from one run of `python -m benchmarks.cpu` on {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}.",
     ]
     return "\n".join(lines)

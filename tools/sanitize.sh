@@ -34,17 +34,22 @@ run() {
   (cd "$WORK" && LD_PRELOAD=$(library libasan.so):$(library libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=print_stacktrace=1 "$PYTHON" -m pytest "${TESTS[@]}" -k "$1")
 }
-run "test_backend_is_right and cpu-cpu"
-for isa in portable avx2 avx512 avx512bf16; do
-  grep -qw "$(echo $isa | sed 's/portable/fpu/; s/avx512bf16/avx512_bf16/; s/^avx512$/avx512f/')" /proc/cpuinfo || continue
-  echo "TRACE_KERNELS_ISA=$isa"
-  TRACE_KERNELS_ISA=$isa run "test_backend_is_right and cpu-cpu and (tiles or tail or strided or full or groups)"
-done
+# One process tests while the other module is compiled.
+(
+  run "test_backend_is_right and cpu-cpu"
+  for isa in portable avx2 avx512 avx512bf16; do
+    grep -qw "$(echo $isa | sed 's/portable/fpu/; s/avx512bf16/avx512_bf16/; s/^avx512$/avx512f/')" /proc/cpuinfo || continue
+    echo "TRACE_KERNELS_ISA=$isa"
+    TRACE_KERNELS_ISA=$isa run "test_backend_is_right and cpu-cpu and (tiles or tail or strided or full or groups)"
+  done
+) &
+address=$!
 
 # The kernels' own threads instead of torch's OpenMP pool, whose barriers ThreadSanitizer cannot see; torch's races with
 # its uninstrumented pool are not ours. AVX2: GCC 12 reloads a spilled 16-bit AVX-512 mask as 32 bits between the calls
 # that ThreadSanitizer puts in (no other build has calls there).
 build thread "-fsanitize=thread"
+wait $address
 printf 'race:libtorch_cpu.so\nrace:libgomp\n' >"$WORK/suppressions"
 cat >"$WORK/own_threads.py" <<'EOF'
 import sys
