@@ -65,8 +65,8 @@ def table(measured: dict[str, Any]) -> str:
     lines += [
         "",
         "Float32. Forward and backward of 1024 tokens, hidden size 1024, 32000 words; the router's forward of 16384 "
-        f"tokens, 128 experts, top 8. Medians of ratios from one run of `python -m benchmarks.cpu` on {machine['device']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}.",
+        "tokens, 128 experts, top 8. Medians of ratios from one run of `python -m benchmarks.cpu` on "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}.",
     ]
     return "\n".join(lines)
 
@@ -150,6 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="measure before drawing")
     options = parser.parse_args(arguments)
     if options.measure:
+        RESULTS.mkdir(exist_ok=True)
         for name, command in MEASURE.items():
             subprocess.run([sys.executable, "-m", *command, str(RESULTS / f"{name}.json")], cwd=ROOT, check=True)
     for page, block in blocks().items():
