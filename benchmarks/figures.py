@@ -1,7 +1,7 @@
 """The README's figures and docs/unlearn_your_model.md's table of steps, from results of one machine and one commit.
 
     python -m benchmarks.figures              # draw them from benchmarks/results
-    python -m benchmarks.figures --measure    # first measure again: about 15 minutes on a quiet machine
+    python -m benchmarks.figures --measure    # first measure again: up to an hour on a quiet machine
 
 `--measure` runs `benchmarks.cpu` and `benchmarks.end_to_end`; peers of requirements/benchmarks.txt are columns where
 they are installed. Each table stands between two comments in its page.
