@@ -14,11 +14,18 @@ class UserError(Exception):
     """
 
 
+#: What transformers and accelerate load where they are asked to, and no extra of ours brings.
+ON_REQUEST = ("bitsandbytes", "comet_ml", "deepspeed", "mlflow", "swanlab", "tensorboard", "torchao", "wandb")
+
+
 def needs(package: str, extra: str = "train") -> str:
     """What to do about a package that is not there.
 
     >>> needs("transformers.trainer")
     "needs the package transformers, which is not installed: pip install '.[train]' in the folder of trace-kernels"
+    >>> needs("wandb")
+    'needs the package wandb, which is not installed: pip install wandb'
     """
     name = package.split(".")[0]
-    return f"needs the package {name}, which is not installed: pip install '.[{extra}]' in the folder of trace-kernels"
+    what = name if name in ON_REQUEST else f"'.[{extra}]' in the folder of trace-kernels"
+    return f"needs the package {name}, which is not installed: pip install {what}"

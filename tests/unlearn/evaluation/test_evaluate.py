@@ -8,6 +8,7 @@ import torch
 from evaluated import QUESTIONS, TEXTS, WORDS, dataset, plain_nll
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
 
+import trace_unlearn
 from trace_unlearn.errors import UserError
 from trace_unlearn.evaluation import predictions
 from trace_unlearn.evaluation.answers import rouge_scores
@@ -228,7 +229,7 @@ def test_plain_texts_have_no_answers(texts):
 @torch.no_grad()
 def test_routing_shift_against_brute_force(family, texts, questions):
     before, after = (tiny.model(family, len(WORDS), seed=seed) for seed in (0, 1))
-    measures = evaluate_model(
+    measures = trace_unlearn.evaluate(
         after, WORDS, questions, texts, base=before, batch_size=2, max_new_tokens=0, progress=False
     )
     experts = range(tiny.NUM_EXPERTS)
