@@ -101,7 +101,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     names = [OBJECTIVES[row["objective"]] for row in rows]
     seconds = {arm: [statistics.median(row["milliseconds"][arm]) / 1e3 for row in rows] for arm in ("plain", "ours")}
     mebibytes = {arm: [row["memory"][arm]["beyond"] / 2**20 for row in rows] for arm in ("plain", "ours")}
-    figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 2.5), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.6, 2.8), layout="constrained", sharey=True)
     for axis, title, values, form in (
         (axes[0], "Time of one step (s)", seconds, "{:.2f}"),
         (axes[1], "Memory beyond model, optimiser, gradients (MiB)", mebibytes, "{:.0f}"),
@@ -117,7 +117,8 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
+    bars_of_arms = axes[0].get_legend_handles_labels()
+    figure.legend(*bars_of_arms, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
