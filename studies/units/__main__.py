@@ -14,7 +14,7 @@ from studies import units
 from studies.method_study.cells import UNIFORM, Arm
 from studies.method_study.work import arm_tasks, model_folder
 from studies.method_study.worlds import SIZES, Sizes
-from studies.units.arms import restore
+from studies.units.arms import check_text, restore
 from studies.units.cells import RANGES, SEEDS, ordered
 from trace_unlearn.demo.workers import TaskBar, run_tasks
 from trace_unlearn.errors import UserError
@@ -83,6 +83,8 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{len(tasks)} tasks, about {seconds / 60:.0f} minutes", flush=True)
     if any(task.name.startswith("manuals") for task in tasks):
         shared_text(options.output / "manuals")  # here, and not by several processes at once
+        if options.publish is not None:
+            check_text(options.publish / ARMS, options.output)
     with TaskBar(tasks) as on_progress:
         run_tasks(tasks, options.jobs, on_progress)
 
@@ -102,7 +104,7 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(f"--output: {options.output} holds no finished arm")
     results = collect(runs, describe(torch.device("cpu")))
     folder = options.publish or options.output
-    keep(runs, folder / ARMS)
+    keep(runs, folder / ARMS, options.output)
     write_text(folder / "results.json", json.dumps(results) + "\n")
     write_text(folder / "results.md", f"# Results\n\n{markdown(results)}")
     draw(results, folder / "frontier.png")

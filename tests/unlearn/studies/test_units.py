@@ -230,10 +230,25 @@ def test_arms_kept_come_back_the_same(tmp_path):
         "diverged": "",
         "calibration": {"ess": 0.5},
     }
-    arms.keep({(12, arm): run}, tmp_path / "arms")
+    arms.keep({(12, arm): run}, tmp_path / "arms", tmp_path / "runs")
     assert arms.restore(tmp_path / "arms", tmp_path / "runs") == 1
     assert read_json(arm_file(tmp_path / "runs", 12, arm)) == run
     assert arms.restore(tmp_path / "arms", tmp_path / "runs") == 0  # what is there stays
+
+
+def test_arms_of_other_manuals_are_not_gone_on_from(tmp_path):
+    arm = Arm(corpus="manuals")
+    run = {"seed": 12, "arm": dataclasses.asdict(arm), "curve": [{"step": 0}], "diverged": ""}
+    here, there = ((tmp_path / name / "manuals" / "text" / "windows.json") for name in ("here", "there"))
+    for windows in (here, there):
+        windows.parent.mkdir(parents=True)
+        windows.write_text(windows.parts[-4])
+    arms.keep({(12, arm): run}, tmp_path / "arms", tmp_path / "here")
+    arms.check_text(tmp_path / "arms", tmp_path / "here")
+    with pytest.raises(UserError, match="other text than this machine has installed"):
+        arms.check_text(tmp_path / "arms", tmp_path / "there")
+    arms.keep({(12, Arm()): run}, tmp_path / "facts", tmp_path / "here")
+    arms.check_text(tmp_path / "facts", tmp_path / "there")
 
 
 def test_another_size_is_refused(tmp_path, monkeypatch, capsys):
